@@ -1,0 +1,1 @@
+"""Stage 3: attention that also returns its scores and their sums."""

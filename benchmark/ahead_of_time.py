@@ -1,0 +1,132 @@
+"""Compiles every kernel for GPUs that need not be present, and reports registers, spills and shared memory.
+
+`python -m benchmark.ahead_of_time --arch 80 90` prints one JSON object a line. It must run in its own process: Triton
+decides at import whether kernels are interpreted.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from stage2_triton_forward import launch as stage2
+from stage3_scores_and_sums import launch as stage3
+
+# What one thread block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_MEMORY_LIMIT = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of one launch; bytes are per thread (stack) and per thread block (shared memory)."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+class AbsentGPU:
+    """Stands in for Triton's driver: knows which GPU to compile for, and that there is none to launch on."""
+
+    def __init__(self, arch: int):
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # the key of Triton's cache of compiled kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compile_instead_of_launch(arch: int) -> Iterator[list]:
+    """Make every `kernel[grid](...)` compile for `arch` and stop there; yields the list of compiled kernels."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    triton.runtime.driver.set_active(AbsentGPU(arch))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """Return cuobjdump's figures for a kernel, such as {"REG": 128, "STACK": 0, "SHARED": 0}."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+
+
+def compile_case(case: str, launch: Callable[[], object], arch: int) -> list[Compiled]:
+    """Compile the kernels that `launch()` would start."""
+    with compile_instead_of_launch(arch) as kernels:
+        launch()
+    reports = []
+    for kernel in kernels:
+        usage = resource_usage(kernel.asm["cubin"])
+        reports.append(Compiled(case, kernel.name, arch, usage["REG"], usage["STACK"], kernel.metadata.shared))
+    return reports
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the name and the launch of every kernel × hook × dtype × head dimension × mask."""
+    for dtype_name, dtype in DTYPES.items():
+        for head_dim in (64, 128, 256):
+            q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
+            k = torch.empty(1, 2, 256, head_dim, dtype=dtype)
+            for causal in (False, True):
+                suffix = f"{dtype_name}-d{head_dim}-{'causal' if causal else 'full'}"
+                yield f"simple-{suffix}", lambda q=q, k=k, c=causal: stage2.simple_forward(q, k, k, c)
+                yield f"forward-{suffix}", lambda q=q, k=k, c=causal: stage2.forward(q, k, k, c)
+                yield f"dropout-{suffix}", lambda q=q, k=k, c=causal: stage2.forward(q, k, k, c, None, 0.1)
+                yield f"with_scores-{suffix}", lambda q=q, k=k, c=causal: stage3.attention_with_scores(q, k, k, c)
+                yield f"scores_alone-{suffix}", lambda q=q, k=k, c=causal: stage3.compute_attention_scores(q, k, c)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    args = parser.parse_args()
+    for arch in args.arch:
+        for case, launch in launches():
+            if args.only in case:
+                for report in compile_case(case, launch, arch):
+                    print(json.dumps(report._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

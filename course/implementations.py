@@ -1,0 +1,81 @@
+"""The one place where implementations are registered; the tour runs, grades and lists whatever stands here."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor
+
+from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.hooks import AddColSum, AddRowSum
+from stage1_pytorch_tiled.tiled_forward import tiled_attention, tiled_softmax_col_sum
+
+Outputs = dict[str, Tensor]  # by the field's name in NaiveAttention
+
+
+class Implementation(NamedTuple):
+    """Something that computes attention from q [B, Hq, N, D], k and v [B, Hk, N, D], causally."""
+
+    name: str
+    stage: str
+    backend: str
+    run: Callable[[Tensor, Tensor, Tensor], Outputs]
+
+
+def implementations(triton_mode: str) -> Iterator[Implementation]:
+    """Yield every implementation that can run here.
+
+    Args:
+        triton_mode: what `use_interpreter_without_gpu` returned: "compiled", "interpreted" or "missing".
+    """
+    yield Implementation("naive attention", "0", "PyTorch", _naive)
+    yield Implementation("tiled 16×16", "1", "PyTorch", partial(_tiled, block_m=16, block_n=16))
+    yield Implementation("tiled 16×16, sums in the loop", "1", "PyTorch", _tiled_sums)
+    if triton_mode == "missing":
+        return
+    backend = f"Triton, {triton_mode}"
+    yield Implementation("simple 64×64 kernel", "2", backend, _simple_kernel)
+    yield Implementation("attention_with_scores", "3", backend, _with_scores)
+    yield Implementation("compute_attention_scores", "3", backend, _scores_alone)
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    result = naive_attention(q, k, v, causal=True)
+    return {"output": result.output, "lse": result.lse, "scores": result.scores}
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> Outputs:
+    output, lse = tiled_attention(q, k, v, causal=True, block_m=block_m, block_n=block_n)
+    return {"output": output, "lse": lse}
+
+
+def _tiled_sums(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    rows, columns = AddRowSum(q, k), AddColSum(q, k)
+
+    def on_logits(tile):
+        rows(tile)
+        columns(tile)
+
+    _, lse = tiled_attention(q, k, v, causal=True, on_logits=on_logits)
+    softmax_col_sum = tiled_softmax_col_sum(q, k, lse, causal=True)
+    return {"row_sum": rows.row_sum, "col_sum": columns.col_sum, "softmax_col_sum": softmax_col_sum}
+
+
+def _simple_kernel(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from stage2_triton_forward.launch import simple_forward
+
+    output, lse = simple_forward(q, k, v, causal=True)
+    return {"output": output, "lse": lse}
+
+
+def _with_scores(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from flash_attention_with_scores import attention_with_scores
+
+    output, scores = attention_with_scores(q, k, v, causal=True, backend="triton")
+    return {"output": output, "scores": scores}
+
+
+def _scores_alone(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from flash_attention_with_scores import compute_attention_scores
+
+    return {"scores": compute_attention_scores(q, k, causal=True, backend="triton")}

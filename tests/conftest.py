@@ -1,0 +1,74 @@
+"""One suite for every implementation and every machine: chooses what is graded, and says so in the summary."""
+
+import importlib
+
+import pytest
+import torch
+
+from stage2_triton_forward.interpreter import use_interpreter_without_gpu
+
+TRITON_MODE = use_interpreter_without_gpu()  # before anything imports triton
+
+torch.set_num_threads(1)  # pytest-xdist already keeps every core busy
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--impl",
+        choices=["reference", "exercise"],
+        default="reference",
+        help="grade the course's own code, or the learner's files under stage*/exercise/",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    reasons = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    write = terminalreporter.write_line
+    terminalreporter.section("what was graded")
+    write(f"implementation: {config.getoption('--impl')}")
+    write(f"backend: {where}, Triton {TRITON_MODE}, torch {torch.__version__}")
+    write(f"skipped: {sum(reasons.values())}")
+    for reason, count in reasons.items():
+        write(f"  {count} × {reason}")
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU if there is one, else the CPU (through Triton's interpreter)."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def graded(request):
+    """Import a module of the implementation under test: `graded("stage1_pytorch_tiled", "tiled_forward")`."""
+    package_suffix = {"reference": "", "exercise": ".exercise"}[request.config.getoption("--impl")]
+
+    def load(package, module):
+        return importlib.import_module(f"{package}{package_suffix}.{module}")
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill uninitialised tensors with NaN, so that an output that was never written cannot look right."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,74 @@
+"""Inputs and comparisons shared by the tests."""
+
+from typing import NamedTuple
+
+import torch
+
+from course.grader import compare
+from stage1_pytorch_tiled.dense import naive_attention
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """The shape of one attention problem."""
+
+    batch: int
+    n_heads: int
+    n_kv_heads: int
+    n_q: int
+    n_k: int
+    head_dim: int
+    causal: bool
+
+    def __str__(self):
+        mask = "causal" if self.causal else "full"
+        return f"b{self.batch}-h{self.n_heads}k{self.n_kv_heads}-m{self.n_q}n{self.n_k}-d{self.head_dim}-{mask}"
+
+
+CASES = [
+    Case(1, 1, 1, 1, 1, 16, False),
+    Case(1, 1, 1, 1, 1, 16, True),
+    Case(1, 2, 2, 15, 15, 16, True),
+    Case(2, 2, 2, 16, 16, 32, True),
+    Case(1, 2, 1, 17, 17, 16, False),
+    Case(1, 4, 2, 63, 63, 64, True),
+    Case(1, 2, 2, 64, 64, 64, False),
+    Case(2, 4, 2, 65, 65, 32, True),
+    Case(1, 6, 2, 33, 129, 24, True),  # grouped heads, M < N: a cache
+    Case(1, 4, 1, 129, 33, 40, True),  # multi-query, M > N: rows that see nothing
+    Case(1, 2, 2, 1, 127, 128, True),  # one decoded token
+    Case(1, 2, 2, 127, 1, 16, False),
+    Case(2, 3, 3, 50, 77, 7, False),  # an odd head dimension
+    Case(1, 2, 1, 40, 40, 1, True),
+    Case(1, 1, 1, 20, 36, 256, True),
+    Case(1, 2, 2, 70, 90, 100, True),
+]
+
+
+def make_qkv(case, dtype=torch.float32, device="cpu", scale=1.0):
+    """Draw q, k and v from a normal distribution; `scale` multiplies q."""
+    q = torch.randn(case.batch, case.n_heads, case.n_q, case.head_dim, dtype=torch.float64) * scale
+    k = torch.randn(case.batch, case.n_kv_heads, case.n_k, case.head_dim, dtype=torch.float64)
+    v = torch.randn_like(k)
+    return tuple(x.to(device, dtype) for x in (q, k, v))
+
+
+def references(q, k, v, *args, **kwargs):
+    """Return the oracle (float64) and the naive formula in the inputs' own dtype, both from the same rounded inputs."""
+    wide = {name: _widen(value) for name, value in kwargs.items()}
+    return naive_attention(_widen(q), _widen(k), _widen(v), *args, **wide), naive_attention(q, k, v, *args, **kwargs)
+
+
+def assert_right(name, actual, oracle, naive, dtype=None):
+    """Compare a field of NaiveAttention by the course's tolerance; `dtype` is the one the contract promises."""
+    expected, rough = getattr(oracle, name), getattr(naive, name)
+    assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    if dtype is not None:
+        assert actual.dtype == dtype, f"{name} has dtype {actual.dtype}, expected {dtype}"
+    result = compare(actual, expected, rough)
+    assert result.ok, f"{name}: error {result.max_error:.3g}, allowed {result.allowed:.3g}"
+
+
+def _widen(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -1,0 +1,154 @@
+"""The public functions: both backends give the oracle's answer, and bad input is refused before anything runs."""
+
+import inspect
+
+import pytest
+import torch
+from helpers import Case, assert_right, make_qkv, references
+
+import flash_attention_with_scores as library
+from course.largest_tensor import LargestTensor
+from flash_attention_with_scores import attention_with_scores, compute_attention_scores
+
+CACHE = Case(2, 4, 2, 40, 130, 24, True)
+BACKENDS = ["pytorch", "triton", None]
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in library.__all__:
+        assert inspect.getdoc(getattr(library, name)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_backends_match_the_oracle(device, backend, dtype):
+    q, k, v = make_qkv(CACHE, dtype, device)
+    oracle, naive = references(q, k, v, True, 0.3)
+    output, scores = attention_with_scores(q, k, v, True, 0.3, backend=backend)
+    assert_right("output", output, oracle, naive, dtype=dtype)
+    assert_right("scores", scores, oracle, naive, dtype=dtype)
+    assert_right("scores", compute_attention_scores(q, k, True, 0.3, backend=backend), oracle, naive, dtype=dtype)
+
+
+def test_fp64_on_the_pytorch_backend(device):
+    q, k, v = make_qkv(CACHE, torch.float64, device)
+    oracle, naive = references(q, k, v, True)
+    output, scores = attention_with_scores(q, k, v, True, backend="pytorch")
+    assert_right("output", output, oracle, naive, dtype=torch.float64)
+    assert_right("scores", scores, oracle, naive, dtype=torch.float64)
+
+
+def test_backends_drop_the_same_weights(device):
+    q, k, v = make_qkv(CACHE, device=device)
+    outputs = [attention_with_scores(q, k, v, dropout_p=0.4, seed=3, backend=b)[0] for b in ("pytorch", "triton")]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    other_seed, _ = attention_with_scores(q, k, v, dropout_p=0.4, seed=4)
+    assert not torch.allclose(outputs[0], other_seed)
+
+
+def test_dropout_without_a_seed_follows_torch(device):
+    q, k, v = make_qkv(CACHE, device=device)
+    torch.manual_seed(5)
+    first, _ = attention_with_scores(q, k, v, dropout_p=0.4)
+    second, _ = attention_with_scores(q, k, v, dropout_p=0.4)
+    torch.manual_seed(5)
+    again, _ = attention_with_scores(q, k, v, dropout_p=0.4)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, second)
+
+
+def test_pytorch_backend_is_differentiable():
+    q, k, v = (x[:, :, :9].requires_grad_() for x in make_qkv(Case(1, 2, 1, 9, 9, 4, True), torch.float64))
+
+    def loss(q, k, v):
+        output, scores = attention_with_scores(q, k, v, True, backend="pytorch")
+        return output.square().sum() + scores.sin().sum()
+
+    assert torch.autograd.gradcheck(loss, (q, k, v))
+
+
+def test_only_the_scores_are_of_quadratic_size():
+    q, k, v = make_qkv(Case(1, 2, 2, 3000, 3000, 32, True))
+    with LargestTensor() as largest:
+        attention_with_scores(q, k, v, True)
+    assert largest.elements == 2 * 3000 * 3000
+
+
+def good(**changes):
+    q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+    return {"q": q, "k": k, "v": v} | changes
+
+
+BAD = {
+    "q is a list": (TypeError, "q must be a torch.Tensor", good(q=[1.0])),
+    "q is 3-D": (ValueError, r"q must be 4-D .* \[4, 8, 16\]", good(q=torch.randn(4, 8, 16))),
+    "k is 2-D": (ValueError, r"k must be 4-D", good(k=torch.randn(8, 16))),
+    "integers": (
+        TypeError,
+        "q must be fp16, bf16, fp32 or fp64, got torch.int64",
+        good(q=torch.ones(1, 4, 8, 16).long()),
+    ),
+    "mixed dtypes": (TypeError, "k must have q's dtype", good(k=torch.randn(1, 2, 12, 16).half())),
+    "v of another dtype": (TypeError, "v must have k's dtype", good(v=torch.randn(1, 2, 12, 16).double())),
+    "mixed devices": (ValueError, "k must be on q's device", good(k=torch.randn(1, 2, 12, 16, device="meta"))),
+    "batch sizes": (ValueError, "k must have q's batch size 1, got 3", good(k=torch.randn(3, 2, 12, 16))),
+    "head dimensions": (ValueError, "k must have q's head dimension 16, got 8", good(k=torch.randn(1, 2, 12, 8))),
+    "head counts": (ValueError, "multiple of k's, got 4 and 3", good(k=torch.randn(1, 3, 12, 16))),
+    "no key heads": (ValueError, "multiple of k's, got 4 and 0", good(k=torch.randn(1, 0, 12, 16))),
+    "wide heads": (
+        ValueError,
+        "from 1 to 256, got 300",
+        {name: torch.randn(1, 2, 4, 300) for name in ("q", "k", "v")},
+    ),
+    "no head dimension": (
+        ValueError,
+        "from 1 to 256, got 0",
+        {name: torch.randn(1, 2, 4, 0) for name in ("q", "k", "v")},
+    ),
+    "v is shorter": (ValueError, r"v must have k's shape \[1, 2, 12, 16\]", good(v=torch.randn(1, 2, 11, 16))),
+    "causal is an int": (TypeError, "causal must be a bool, got int", good(causal=1)),
+    "scale is text": (TypeError, "sm_scale must be a number or None, got str", good(sm_scale="1")),
+    "scale is NaN": (ValueError, "sm_scale must be finite, got nan", good(sm_scale=float("nan"))),
+    "dropout of 1": (ValueError, r"dropout_p must be in \[0, 1\), got 1.0", good(dropout_p=1.0)),
+    "negative dropout": (ValueError, r"dropout_p must be in \[0, 1\), got -0.1", good(dropout_p=-0.1)),
+    "dropout is text": (TypeError, "dropout_p must be a number, got str", good(dropout_p="0.1")),
+    "negative seed": (ValueError, r"seed must be in \[0, 2\*\*63\), got -1", good(seed=-1)),
+    "seed is a float": (TypeError, "seed must be an int or None, got float", good(seed=1.5)),
+    "unknown backend": (ValueError, "backend must be one of .* got 'cuda'", good(backend="cuda")),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    error, message, arguments = BAD[name]
+    with pytest.raises(error, match=message):
+        attention_with_scores(**arguments)
+    shared = inspect.signature(compute_attention_scores).parameters
+    if name.split()[0] != "v" and set(arguments) - {"v"} <= set(shared):
+        with pytest.raises(error, match=message):
+            compute_attention_scores(**{key: value for key, value in arguments.items() if key in shared})
+
+
+def test_the_kernels_refuse_fp64(device):
+    q, k, v = make_qkv(CACHE, torch.float64, device)
+    with pytest.raises(ValueError, match="backend='pytorch'"):
+        attention_with_scores(q, k, v, backend="triton")
+
+
+def test_the_kernels_say_that_they_have_no_backward_pass(device):
+    q, k, v = make_qkv(CACHE, device=device)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        attention_with_scores(q.requires_grad_(), k, v, backend="triton")
+    with torch.no_grad():
+        attention_with_scores(q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "triton"])
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)], ids=str)
+def test_empty_tensors(device, backend, shape):
+    batch, heads, n_q, n_k = shape
+    q, k = torch.randn(batch, heads, n_q, 16, device=device), torch.randn(batch, heads, n_k, 16, device=device)
+    output, scores = attention_with_scores(q, k, k, backend=backend)
+    assert scores.shape == (batch, heads, n_q, n_k)
+    torch.testing.assert_close(output.cpu(), torch.zeros(batch, heads, n_q, 16))
+    assert compute_attention_scores(q, k, backend=backend).shape == scores.shape

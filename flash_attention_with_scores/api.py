@@ -35,8 +35,8 @@ def attention_with_scores(
         backend: "triton" (the default for CUDA tensors; on CPU tensors it needs Triton's interpreter) or "pytorch".
 
     Returns:
-        output [B, Hq, M, D] and scores [B, Hq, M, N], both in q's dtype. Scores are sm_scale·q·kᵀ, with masked positions
-        0; a row that sees no key has output 0.
+        output [B, Hq, M, D] and scores [B, Hq, M, N], both in q's dtype. Scores are sm_scale·q·kᵀ, masked positions 0;
+        a row that sees no key has output 0.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range; the message names it.

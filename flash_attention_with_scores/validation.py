@@ -62,8 +62,8 @@ def check_backend(backend, *inputs: Tensor) -> str:
         raise ValueError("q must be fp16, bf16 or fp32 for backend='triton', got torch.float64; use backend='pytorch'")
     if not q.is_cuda and not _triton_is_interpreted():
         raise ValueError(
-            "backend='triton' needs CUDA tensors, or Triton's interpreter: set TRITON_INTERPRET=1 before Python starts; "
-            f"got tensors on {q.device}"
+            f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
+            "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise NotImplementedError(

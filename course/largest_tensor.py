@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest storage, in elements, of any tensor produced inside the `with` block.
+    """Records the largest storage, in bytes, of any tensor produced inside the `with` block.
 
     Counting storage and not shape lets a view or an expanded tensor cost only the memory behind it. Tiles inside a
     Triton kernel live in registers and shared memory, and never show up here.
@@ -14,11 +14,11 @@ class LargestTensor(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else (result,):
             if isinstance(x, Tensor) and x.layout == torch.strided:
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return result

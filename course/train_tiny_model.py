@@ -1,8 +1,9 @@
 """Train the course's language model: `python -m course.train_tiny_model`, about two minutes on one data-centre GPU.
 
-Half of every batch is text from two public-domain books. The other half is *repeated sequences*, a random segment
-written over and over until the context is full: they can only be predicted by looking back, which makes
-previous-token heads and induction heads form, the heads that the course wants to show.
+A batch is partly text from two public-domain books, partly *repeated sequences*: a random segment written over and over
+until the context is full. Those can only be predicted by looking back, which makes previous-token heads and induction
+heads form, the heads that the course wants to show. The first half of training is mostly short repeats, because the
+books are small: with half of every batch text, the model had learnt them by heart before the heads appeared.
 """
 
 import json
@@ -27,7 +28,9 @@ from course import heads
 from course.model import CONTEXT, HELD_OUT, MODEL_DIR, TEXT_DIR, held_out_windows, load_model, read_books, windows
 
 TEXT_SHARES = {"alice": 0.35, "paradise_lost": 0.65}  # by size Alice would get a quarter
-SEGMENT_LENGTHS = (16, 240)  # at least two occurrences fit the context
+TEXT_SHARE = (1 / 8, 1 / 2)  # of a batch, in the first and in the second half of training
+SHORTEST_SEGMENT = 8
+LONGEST_SEGMENT = (32, 240)  # grows over the first half of training; at least two occurrences fit the context
 FIRST_OCCURRENCE_WEIGHT = 0.1  # nothing to learn there but which characters occur
 CHECKED_WINDOWS = 16
 
@@ -72,27 +75,31 @@ class Batches:
         first = self.starts[book] + (self.rand(rows) * (self.sizes[book] - length)).long()
         return self.text[first[:, None] + torch.arange(length, device=self.device)]
 
-    def repeated(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    def repeated(self, rows: int, length: int, longest: int) -> tuple[Tensor, Tensor]:
         """Draw sequences that repeat a random segment, `[rows, length]`, and the weight of each token in the loss."""
-        shortest, longest = SEGMENT_LENGTHS[0], min(SEGMENT_LENGTHS[1], length // 2)
         characters = self.randint(heads.PRINTABLE.start, heads.PRINTABLE.stop, rows, longest)
         letters = self.randint(ord("a"), ord("z") + 1, rows, longest)
         words = torch.where(self.rand(rows, longest) < 0.2, ord(" "), letters)
         kinds = torch.stack([characters, words, self.excerpts(rows, longest)])  # [3, rows, longest]
         row = torch.arange(rows, device=self.device)
         segments = kinds[row % len(kinds), row]  # [rows, longest]
-        segment_length = self.randint(shortest, longest + 1, rows, 1)
+        segment_length = self.randint(SHORTEST_SEGMENT, longest + 1, rows, 1)
         offset = (self.rand(rows, 1) * segment_length).long()
         position = torch.arange(length, device=self.device)
         tokens = segments.gather(1, (position + offset) % segment_length)
         # The second occurrence's first token follows a token seen only once, so it is no more predictable.
         return tokens, torch.where(position > segment_length, 1.0, FIRST_OCCURRENCE_WEIGHT)
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Draw a batch: tokens `[batch, context + 1]` int64, and the loss weights of `tokens[:, 1:]`, text first."""
-        n_text = self.batch // 2
+    def next(self, progress: float) -> tuple[Tensor, Tensor]:
+        """Draw a batch: tokens `[batch, context + 1]` int64, and the loss weights of `tokens[:, 1:]`, text first.
+
+        Args:
+            progress: share of training that is done; decides how much text, and how long the repeated segments.
+        """
+        n_text = round(self.batch * TEXT_SHARE[progress >= 0.5])
+        longest = LONGEST_SEGMENT[0] + min(1, 2 * progress) * (LONGEST_SEGMENT[1] - LONGEST_SEGMENT[0])
         text = self.excerpts(n_text, self.context + 1)
-        repeated, weights = self.repeated(self.batch - n_text, self.context + 1)
+        repeated, weights = self.repeated(self.batch - n_text, self.context + 1, min(int(longest), self.context // 2))
         return torch.cat([text, repeated]), torch.cat([torch.ones_like(text, dtype=weights.dtype), weights])[:, 1:]
 
 
@@ -108,7 +115,7 @@ def compiled_or_eager(model: LlamaForCausalLM, batches: Batches) -> Callable:
     """Compile the model and try it on one batch; say so and return it as it is where that fails."""
     try:
         compiled = torch.compile(model)
-        compiled(batches.next()[0][:, :-1], use_cache=False).logits.sum().backward()
+        compiled(batches.next(0.0)[0][:, :-1], use_cache=False).logits.sum().backward()
     except Exception as error:
         rich.print(f"torch.compile failed, training goes on without it: {error}")
         compiled = model
@@ -117,16 +124,22 @@ def compiled_or_eager(model: LlamaForCausalLM, batches: Batches) -> Callable:
 
 
 def train(
-    model: LlamaForCausalLM, batches: Batches, steps: int, learning_rate: float, eval_every: int, compile_model: bool
+    model: LlamaForCausalLM,
+    batches: Batches,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    eval_every: int,
+    compile_model: bool,
 ) -> list[dict[str, float]]:
-    """Train the model in place and leave it with the weights that did best on the held-out text.
+    """Train the model in place and leave it with the weights of the smallest loss on held-out text plus repeats.
 
     Returns:
         One entry per evaluation: the step, the loss on the training batches' two halves, and on the held-out text.
     """
     device = batches.device
     held_out = held_out_windows().to(device)
-    decay = {2: 0.1, 1: 0.0}  # by the number of dimensions: matrices shrink, norm gains do not
+    decay = {2: weight_decay, 1: 0.0}  # by the number of dimensions: matrices shrink, norm gains do not
     groups = [{"params": [p for p in model.parameters() if p.ndim == n], "weight_decay": decay[n]} for n in decay]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
@@ -138,7 +151,7 @@ def train(
     with Progress(*Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("training", total=steps)
         for step in range(1, steps + 1):
-            tokens, weights = batches.next()
+            tokens, weights = batches.next((step - 1) / steps)
             with mixed:
                 logits = forward(tokens[:, :-1], use_cache=False).logits
             losses = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
@@ -152,7 +165,7 @@ def train(
             progress.advance(task)
             if step % eval_every and step != steps:
                 continue
-            n_text = len(tokens) // 2
+            n_text = round(len(tokens) * TEXT_SHARE[(step - 1) / steps >= 0.5])
             entry = {
                 "step": step,
                 "text": losses[:n_text].mean().item(),
@@ -160,8 +173,8 @@ def train(
                 "held_out": heads.mean_loss(model, held_out),
             }
             history.append(entry)
-            if entry["held_out"] < best:
-                best = entry["held_out"]
+            if entry["held_out"] + entry["repeated"] < best:
+                best = entry["held_out"] + entry["repeated"]
                 best_weights = {name: p.detach().clone() for name, p in model.named_parameters()}
             progress.console.print("  ".join(f"{name} {value:.4g}" for name, value in entry.items()))
     model.load_state_dict(best_weights, strict=False)  # the tied output matrix has one name here, two there
@@ -210,6 +223,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 128,
     context: Annotated[int, typer.Option(help="Bytes in a training sequence.")] = CONTEXT,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of the matrices; norm gains have none.")] = 0.1,
     eval_every: Annotated[int, typer.Option(help="Steps between two looks at the held-out text.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     seed: Annotated[int, typer.Option(help="Seeds the weights and the batches.")] = 0,
@@ -221,21 +235,22 @@ def main(
     model = LlamaForCausalLM(MODEL).to(device)
     batches = Batches(read_books()[0], batch, context, torch.device(device), seed)
     started = time.perf_counter()
-    history = train(model, batches, steps, learning_rate, eval_every, compile_model)
+    history = train(model, batches, steps, learning_rate, weight_decay, eval_every, compile_model)
     seconds = time.perf_counter() - started
     model.save_pretrained(out)
     tokens = steps * batch * context
     run = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if "cuda" in device else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "git_commit": git_commit(),
         "seed": seed,
         "steps": steps,
-        "best_step": min(history, key=lambda entry: entry["held_out"])["step"],
+        "best_step": min(history, key=lambda entry: entry["held_out"] + entry["repeated"])["step"],
         "batch": batch,
         "context": context,
         "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
         "tokens": tokens,
         "wall_seconds": seconds,
         "tokens_per_second": tokens / seconds,

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stage1_pytorch_tiled.philox import keep_mask
+
 from .online_softmax import empty_state, finish, finite, online_softmax_step
-from .philox import keep_mask
 
 Window = int | tuple[int | None, int | None] | None
 

@@ -12,7 +12,7 @@ from stage1_pytorch_tiled.philox import drop_threshold
 
 from .forward_kernel import forward_kernel, ignore_logits
 from .simple_kernel import simple_forward_kernel
-from .tile_config import forward_config
+from .tile_config import forward_config, simple_config
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
 
@@ -20,7 +20,7 @@ _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base add
 def simple_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the teaching kernel with 64×64 tiles.
+    """Run the teaching kernel, with 64×64 tiles for all but the widest rows.
 
     Args:
         q: [B, Hq, M, D] or [B, M, D] fp16|bf16|fp32, any strides, D ≤ 256.
@@ -39,9 +39,10 @@ def simple_forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return output, lse
-    block = 64
+    block_d = padded_head_dim(head_dim)
+    config = simple_config(q.dtype, block_d)
     with device_of(q):
-        simple_forward_kernel[(triton.cdiv(n_q, block), batch * n_heads)](
+        simple_forward_kernel[(triton.cdiv(n_q, config.block_m), batch * n_heads)](
             q,
             k,
             v,
@@ -57,10 +58,12 @@ def simple_forward(
             N_HEADS=n_heads,
             GROUP=n_heads // k.shape[1],
             HEAD_DIM=head_dim,
-            BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=block,
-            BLOCK_N=block,
+            BLOCK_D=block_d,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             IS_CAUSAL=causal,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return output, lse
 

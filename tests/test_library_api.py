@@ -71,7 +71,7 @@ def test_only_the_scores_are_of_quadratic_size():
     q, k, v = make_qkv(Case(1, 2, 2, 3000, 3000, 32, True))
     with LargestTensor() as largest:
         attention_with_scores(q, k, v, True)
-    assert largest.elements == 2 * 3000 * 3000
+    assert largest.bytes == 4 * 2 * 3000 * 3000
 
 
 def good(**changes):

@@ -2,13 +2,12 @@
 
 A batch is partly text from two public-domain books, partly *repeated sequences*: a random segment written over and over
 until the context is full. Those can only be predicted by looking back, which makes previous-token heads and induction
-heads form, the heads that the course wants to show. The first half of training is mostly short repeats, because the
+heads form, the heads that the course wants to show. The first part of training is mostly short repeats, because the
 books are small: with half of every batch text, the model had learnt them by heart before the heads appeared.
 """
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,19 +17,20 @@ from typing import Annotated, Any
 import rich
 import torch
 import torch.nn.functional as F
-import transformers
 import typer
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from course import heads
-from course.model import CONTEXT, HELD_OUT, MODEL_DIR, TEXT_DIR, held_out_windows, load_model, read_books, windows
+from course.model import CONTEXT, HELD_OUT, MODEL_DIR, held_out_windows, load_model, read_books, windows
+from course.provenance import provenance
 
 TEXT_SHARES = {"alice": 0.35, "paradise_lost": 0.65}  # by size Alice would get a quarter
-TEXT_SHARE = (1 / 8, 1 / 2)  # of a batch, in the first and in the second half of training
+REPEATS_FIRST = 0.3  # share of training that is mostly repeats
+TEXT_SHARE = (1 / 8, 1 / 2)  # of a batch, in that first part and after it
 SHORTEST_SEGMENT = 8
-LONGEST_SEGMENT = (32, 240)  # grows over the first half of training; at least two occurrences fit the context
+LONGEST_SEGMENT = (32, 240)  # grows over the first part; at least two occurrences fit the context
 FIRST_OCCURRENCE_WEIGHT = 0.1  # nothing to learn there but which characters occur
 CHECKED_WINDOWS = 16
 
@@ -50,6 +50,11 @@ MODEL = LlamaConfig(
     eos_token_id=None,
     pad_token_id=None,
 )
+
+
+def text_rows(batch: int, progress: float) -> int:
+    """Return how many rows of a batch are text after a share `progress` of the training."""
+    return max(1, round(batch * TEXT_SHARE[progress >= REPEATS_FIRST]))
 
 
 class Batches:
@@ -96,8 +101,8 @@ class Batches:
         Args:
             progress: share of training that is done; decides how much text, and how long the repeated segments.
         """
-        n_text = round(self.batch * TEXT_SHARE[progress >= 0.5])
-        longest = LONGEST_SEGMENT[0] + min(1, 2 * progress) * (LONGEST_SEGMENT[1] - LONGEST_SEGMENT[0])
+        n_text = text_rows(self.batch, progress)
+        longest = LONGEST_SEGMENT[0] + min(1, progress / REPEATS_FIRST) * (LONGEST_SEGMENT[1] - LONGEST_SEGMENT[0])
         text = self.excerpts(n_text, self.context + 1)
         repeated, weights = self.repeated(self.batch - n_text, self.context + 1, min(int(longest), self.context // 2))
         return torch.cat([text, repeated]), torch.cat([torch.ones_like(text, dtype=weights.dtype), weights])[:, 1:]
@@ -165,7 +170,7 @@ def train(
             progress.advance(task)
             if step % eval_every and step != steps:
                 continue
-            n_text = round(len(tokens) * TEXT_SHARE[(step - 1) / steps >= 0.5])
+            n_text = text_rows(len(tokens), (step - 1) / steps)
             entry = {
                 "step": step,
                 "text": losses[:n_text].mean().item(),
@@ -209,20 +214,11 @@ def measure(model: LlamaForCausalLM) -> dict[str, Any]:
     }
 
 
-def git_commit() -> str | None:
-    """Return the commit that is checked out, or None outside a repository."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, cwd=TEXT_DIR, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5000,
-    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 128,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3000,
+    batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 64,
     context: Annotated[int, typer.Option(help="Bytes in a training sequence.")] = CONTEXT,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Of the matrices; norm gains have none.")] = 0.1,
     eval_every: Annotated[int, typer.Option(help="Steps between two looks at the held-out text.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -239,11 +235,7 @@ def main(
     seconds = time.perf_counter() - started
     model.save_pretrained(out)
     tokens = steps * batch * context
-    run = {
-        "device": torch.cuda.get_device_name(device) if "cuda" in device else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "git_commit": git_commit(),
+    run = provenance() | {
         "seed": seed,
         "steps": steps,
         "best_step": min(history, key=lambda entry: entry["held_out"] + entry["repeated"])["step"],

@@ -1,4 +1,4 @@
-"""Train the course's language model: `python -m course.train_tiny_model`, about two minutes on one data-centre GPU.
+"""Train the course's language model: `python -m course.train_tiny_model`, under two minutes on one data-centre GPU.
 
 A batch is partly text from two public-domain books, partly *repeated sequences*: a random segment written over and over
 until the context is full. Those can only be predicted by looking back, which makes previous-token heads and induction
@@ -215,11 +215,11 @@ def measure(model: LlamaForCausalLM) -> dict[str, Any]:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     batch: Annotated[int, typer.Option(help="Sequences in a batch.")] = 64,
     context: Annotated[int, typer.Option(help="Bytes in a training sequence.")] = CONTEXT,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of the matrices; norm gains have none.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of the matrices; norm gains have none.")] = 0.5,
     eval_every: Annotated[int, typer.Option(help="Steps between two looks at the held-out text.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     seed: Annotated[int, typer.Option(help="Seeds the weights and the batches.")] = 0,

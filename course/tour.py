@@ -54,13 +54,13 @@ def run_tour(text: str, layer: int | None, head: int | None, out: Path, triton_m
         BadArgument: see there.
     """
     n_tokens = check_text(text)
+    layer, head = choose_head(layer, head)
+    make_folder(out)
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as progress:
         task = progress.add_task("loading the model")
         model = load_model()
-        layer, head = choose_head(model.config, layer, head)
-        make_folder(out)
         progress.update(task, description=f"reading {n_tokens} bytes")
         layers = capture_qkv(model, encode(text))
         graded = grade_all(
@@ -87,18 +87,19 @@ def check_text(text: str) -> int:
     return n_tokens
 
 
-def choose_head(config, layer: int | None, head: int | None) -> tuple[int, int]:
+def choose_head(layer: int | None, head: int | None) -> tuple[int, int]:
     """Return the layer and head to draw; refuse ones that the model does not have."""
-    for option, value, count in (
-        ("layer", layer, config.num_hidden_layers),
-        ("head", head, config.num_attention_heads),
-    ):
+    measured = report()
+    scores = measured["induction"]  # one list a layer, one number a head
+    for option, value, count in (("layer", layer, len(scores)), ("head", head, len(scores[0]))):
         if value is not None and not 0 <= value < count:
             raise BadArgument(f"--{option} {value} does not exist: the model has {option}s 0 to {count - 1}")
-    best = report()["best_induction_head"]
+    best = measured["best_induction_head"]
     if layer is None:
-        return best["layer"], best["head"] if head is None else head
-    return layer, (best["head"] if layer == best["layer"] else 0) if head is None else head
+        layer = best["layer"]
+    if head is None:
+        head = best["head"] if layer == best["layer"] else 0
+    return layer, head
 
 
 def make_folder(out: Path) -> None:
@@ -131,17 +132,22 @@ def grade_all(qkv: tuple[Tensor, Tensor, Tensor], triton_mode: str, on_start=lam
 def table_of(graded: list[Graded], layer: int, n_tokens: int) -> Table:
     """Lay out the results for the terminal."""
     table = Table(
-        title=f"layer {layer}, {n_tokens} tokens, against the float64 oracle", title_justify="left", box=SIMPLE
+        title=f"layer {layer}, {n_tokens} tokens, against the float64 oracle",
+        title_justify="left",
+        box=SIMPLE,
+        padding=0,
     )
+    table.add_column("stage", justify="center")
     table.add_column("implementation")
     table.add_column("backend")
-    for column in ("max error", "allowed error", "largest tensor"):
+    for column in ("max\nerror", "allowed\nerror", "largest\ntensor"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for g in graded:
         table.add_row(
-            f"{g.implementation.stage}: {g.implementation.name}\n[dim]{', '.join(g.checked)}[/]",
-            g.implementation.backend,
+            g.implementation.stage,
+            f"{g.implementation.name}\n[dim]{', '.join(g.checked)}[/]",
+            g.implementation.backend.replace(" ", "\n"),
             f"{g.worst.max_error:.1e}",
             f"{g.worst.allowed:.1e}",
             f"{g.largest_tensor / 1024:.1f} KiB",

@@ -1,0 +1,331 @@
+"""Wrong implementations, each one line away from the right one, and the test that must catch it.
+
+They keep the suite honest: a test that lets its mistake pass is no test. They are also what learners get wrong most
+often, so `why` is written for them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import pytest
+
+from stage2_triton_forward.interpreter import use_interpreter_without_gpu
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mistake(NamedTuple):
+    """A change of one place in the reference that makes it wrong."""
+
+    name: str
+    file: str
+    right: str  # occurs exactly once in the file
+    wrong: str
+    caught_by: str  # the test that must fail, by assertion
+    why: str
+
+
+STEP = "test_stage1_online_softmax.py::test_step_equals_merge_with_a_block"
+BLOCKING = "test_stage1_online_softmax.py::test_any_blocking_gives_the_softmax"
+TILED = "test_stage1_tiled_forward.py::"
+SUMS = "test_stage1_scores_and_sums.py::"
+FORWARD = "test_stage2_forward.py::"
+SCORES = "test_stage3_scores.py::"
+SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
+LOOP = "stage1_pytorch_tiled/tiled_forward.py"
+HOOKS = "stage1_pytorch_tiled/hooks.py"
+SIMPLE = "stage2_triton_forward/simple_kernel.py"
+TILES = "stage2_triton_forward/tiles.py"
+KERNEL = "stage2_triton_forward/forward_kernel.py"
+
+MISTAKES = [
+    Mistake(
+        "sum_not_rescaled",
+        SOFTMAX,
+        "row_sum = state.row_sum * rescale + weights.sum(-1)",
+        "row_sum = state.row_sum + weights.sum(-1)",
+        STEP,
+        "When the max grows, everything summed so far is relative to the old max and must be rescaled.",
+    ),
+    Mistake(
+        "output_not_rescaled",
+        SOFTMAX,
+        "acc = state.acc * rescale[..., None] + weights @ v_tile",
+        "acc = state.acc + weights @ v_tile",
+        STEP,
+        "The output so far carries the old max too; it needs the same factor as the sum.",
+    ),
+    Mistake(
+        "no_max_subtraction",
+        SOFTMAX,
+        "weights = torch.exp(logits - shift[..., None])",
+        "weights = torch.exp(logits)",
+        TILED + "test_magnitudes[300.0]",
+        "exp overflows fp32 beyond 88; subtracting the row's max keeps every exponent at or below 0.",
+    ),
+    Mistake(
+        "first_tile_max_only",
+        SOFTMAX,
+        "new_max = torch.maximum(state.row_max, logits.amax(-1))",
+        "new_max = torch.where(torch.isneginf(state.row_max), logits.amax(-1), state.row_max)",
+        TILED + "test_magnitudes[300.0]",
+        "A later tile can hold a larger logit than the first; the running max must follow it.",
+    ),
+    Mistake(
+        "nan_in_empty_rows",
+        SOFTMAX,
+        "return row_max.masked_fill(torch.isneginf(row_max), 0)",
+        "return row_max",
+        TILED + "test_rows_that_see_nothing",
+        "-inf - (-inf) is NaN: a row that has seen no key yet needs a finite shift.",
+    ),
+    Mistake(
+        "lse_without_max",
+        SOFTMAX,
+        "lse = state.row_max + torch.log(state.row_sum)",
+        "lse = torch.log(state.row_sum)",
+        "test_stage1_online_softmax.py::test_finish",
+        "The sum is relative to the max; the log-sum-exp adds the max back.",
+    ),
+    Mistake(
+        "dropout_in_the_normaliser",
+        SOFTMAX,
+        "    row_sum = state.row_sum * rescale + weights.sum(-1)  # l_j = l_{j-1}·e^{m_{j-1}-m_j} + rowsum(P_j)\n"
+        "    if weight_factor is not None:\n        weights = weights * weight_factor\n",
+        "    if weight_factor is not None:\n        weights = weights * weight_factor\n"
+        "    row_sum = state.row_sum * rescale + weights.sum(-1)\n",
+        TILED + "test_dropout_given_its_mask",
+        "Dropout acts on the finished softmax: dropped weights still count in the denominator.",
+    ),
+    Mistake(
+        "missing_scale",
+        LOOP,
+        "scores = q_tile @ k_tile.transpose(-1, -2) * self.sm_scale",
+        "scores = q_tile @ k_tile.transpose(-1, -2)",
+        TILED + "test_dtypes",
+        "Logits are q·kᵀ / √D, not q·kᵀ.",
+    ),
+    Mistake(
+        "causal_from_the_top_left",
+        LOOP,
+        "offset = self.n_k - self.n_q",
+        "offset = 0",
+        TILED + "test_matches_oracle[b1-h6k2-m33n129-d24-causal]",
+        "With a cache (M < N) the last query sees the last key: the mask hangs in the bottom-right corner.",
+    ),
+    Mistake(
+        "greater_for_greater_or_equal",
+        LOOP,
+        "(distance >= -self.right)",
+        "(distance > -self.right)",
+        TILED + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
+        "A query sees its own key.",
+    ),
+    Mistake(
+        "causal_ignored",
+        LOOP,
+        "min(right, 0) if causal else right",
+        "right",
+        TILED + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
+        "is_causal has to reach the mask.",
+    ),
+    Mistake(
+        "partial_tiles_dropped",
+        LOOP,
+        "for start in range(0, length, block):",
+        "for start in range(0, length - block + 1, block):",
+        TILED + "test_matches_oracle[b1-h2k1-m17n17-d16-full]",
+        "The last tile may be smaller than the block, and still counts.",
+    ),
+    Mistake(
+        "padding_ignored",
+        LOOP,
+        "if self.key_padding_mask is not None:",
+        "if False:",
+        TILED + "test_key_padding",
+        "Padded keys must get a logit of -inf.",
+    ),
+    Mistake(
+        "heads_grouped_the_wrong_way",
+        LOOP,
+        "self.q = q.unflatten(1, (n_kv_heads, q.shape[1] // n_kv_heads))",
+        "self.q = q.unflatten(1, (q.shape[1] // n_kv_heads, n_kv_heads)).transpose(1, 2)",
+        TILED + "test_matches_oracle[b1-h4k2-m63n63-d64-causal]",
+        "Query heads 0 … G-1 share key head 0: head // G, not head % Hk.",
+    ),
+    Mistake(
+        "invisible_tiles_visited",
+        LOOP,
+        "            if seen is False:\n                continue\n            ",
+        "            if seen is False:\n                seen = torch.tensor(False)\n            ",
+        TILED + "test_only_visible_tiles_are_visited_once",
+        "Half of a causal matrix is masked; a kernel that visits it does twice the work.",
+    ),
+    Mistake(
+        "whole_matrix_in_memory",
+        LOOP,
+        "        self.left, self.right = window_bounds(causal, window)\n",
+        "        self.left, self.right = window_bounds(causal, window)\n        self.logits = self.q @ self.k.mT\n",
+        TILED + "test_never_makes_the_matrix",
+        "The right answer with an M×N tensor is attention, but it is not flash attention.",
+    ),
+    Mistake(
+        "one_pass_column_sums",
+        LOOP,
+        "weights = torch.exp(tile.logits - lse[..., q_rows, None])",
+        "weights = torch.exp(tile.logits - finite(tile.logits.amax(-1))[..., None])",
+        SUMS + "test_softmax_col_sums_add_up_to_the_rows_that_see_a_key",
+        "A weight needs its row's final normaliser, so softmax column sums cannot be had in one pass.",
+    ),
+    Mistake(
+        "masked_scores_summed",
+        HOOKS,
+        "return tile.scores if tile.visible is None else tile.scores.masked_fill(~tile.visible, 0)",
+        "return tile.logits",
+        SUMS + "test_hooks_with_masks",
+        "Masked logits are -inf: a sum that touches one is -inf for good.",
+    ),
+    Mistake(
+        "column_sum_of_the_last_tile",
+        HOOKS,
+        "self.col_sum[..., tile.k_cols] += visible_scores(tile).sum((2, 3))",
+        "self.col_sum[..., tile.k_cols] = visible_scores(tile).sum((2, 3))",
+        SUMS + "test_hooks_match_oracle[b1-h4k2-m63n63-d64-causal-col_sum]",
+        "Every block of queries adds to the same columns.",
+    ),
+    Mistake(
+        "kernel_tail_not_masked",
+        SIMPLE,
+        "visible = k_idx[None, :] < n_k\n",
+        "visible = k_idx[None, :] >= 0\n",
+        FORWARD + "test_matches_oracle[b2-h3k3-m50n77-d7-full-simple_forward]",
+        "Keys past the end load as 0, and a logit of 0 is not a weight of 0.",
+    ),
+    Mistake(
+        "kernel_ignores_strides",
+        SIMPLE,
+        "q_idx[:, None] * q_strides[2]",
+        "q_idx[:, None] * HEAD_DIM",
+        FORWARD + "test_any_strides[simple_forward]",
+        "Rows lie a stride apart, which is D only in a contiguous tensor.",
+    ),
+    Mistake(
+        "kernel_masks_from_the_top_left",
+        TILES,
+        "visible & (k_idx[None, :] <= q_idx[:, None] + n_k - n_q)",
+        "visible & (k_idx[None, :] <= q_idx[:, None])",
+        FORWARD + "test_matches_oracle[b1-h6k2-m33n129-d24-causal-forward]",
+        "With a cache (M < N) the last query sees the last key: the mask hangs in the bottom-right corner.",
+    ),
+    Mistake(
+        "kernel_sum_not_rescaled",
+        TILES,
+        "row_sum * rescale + tl.sum(weights, 1)",
+        "row_sum + tl.sum(weights, 1)",
+        FORWARD + "test_magnitudes[300.0-forward]",
+        "When the max grows, everything summed so far is relative to the old max and must be rescaled.",
+    ),
+    Mistake(
+        "kernel_lse_in_base_two",
+        KERNEL,
+        "lse = (row_max + tl.log2(normaliser)) * LN_2",
+        "lse = row_max + tl.log2(normaliser)",
+        FORWARD + "test_matches_oracle[b1-h2k2-m64n64-d64-full-forward]",
+        "The loop works in base 2; what it returns is the natural logarithm.",
+    ),
+    Mistake(
+        "masked_scores_stored",
+        "stage3_scores_and_sums/hooks.py",
+        "mask=visible)",
+        "mask=(q_idx[:, None] < n_q) & (k_idx[None, :] < n_k))",
+        SCORES + "test_masked_scores_are_exactly_zero[True]",
+        "The contract says 0 where a query does not see a key.",
+    ),
+]
+
+
+def outcomes(names: list[str]) -> list[dict[str, str]]:
+    """Try mistakes in a fresh process, which imports the heavy packages once and then forks for each mistake.
+
+    Returns:
+        For each: `name`; `outcome`, "caught" when its test ran and failed by assertion, "missed" when it passed,
+        "crashed" for anything else; `said`, what pytest printed.
+    """
+    command = [sys.executable, "-P", "-m", "course.mistakes", *names]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stderr)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def attempt(mistake: Mistake) -> dict[str, str]:
+    """Make one mistake in a copy of its stage, and run the test that must catch it in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(mistake.file).parts[0]
+        shutil.copytree(ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        patch(Path(folder) / mistake.file, mistake)
+        log, report = Path(folder) / "log.txt", Path(folder) / "report.xml"
+        child = os.fork()
+        if child == 0:
+            _run_test(mistake, folder, log, report)
+        _, status = os.waitpid(child, 0)
+        said = log.read_text(errors="replace")
+        if not report.exists():
+            return {"name": mistake.name, "outcome": "crashed", "said": said}
+        failures = [failure.get("message", "") for failure in ET.parse(report).iter("failure")]
+        by_assertion = failures and all(message.startswith(("AssertionError", "assert ")) for message in failures)
+        outcome = "missed" if status == 0 else "caught" if by_assertion else "crashed"
+        return {"name": mistake.name, "outcome": outcome, "said": said}
+
+
+def _run_test(mistake: Mistake, folder: str, log: Path, report: Path) -> NoReturn:
+    """Run the test with the copy in front of the real package; never returns."""
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.path.insert(0, folder)
+        arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", f"--junitxml={report}"]
+        code = int(pytest.main([*arguments, str(ROOT / "tests" / mistake.caught_by)]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def patch(file: Path, mistake: Mistake) -> None:
+    """Replace the right lines by the wrong ones; they must occur exactly once."""
+    text = file.read_text()
+    if text.count(mistake.right) != 1:
+        raise ValueError(
+            f"{mistake.name}: {mistake.file} holds its right line {text.count(mistake.right)} times, not once"
+        )
+    file.write_text(text.replace(mistake.right, mistake.wrong))
+
+
+def main() -> None:
+    """Try the mistakes named on the command line, or all; print one JSON object a line."""
+    use_interpreter_without_gpu()
+    for name in [name for name in sys.modules if name.startswith("stage")]:
+        del sys.modules[name]  # each child imports its own, wrong copy
+    import hypothesis  # noqa: F401  (the slow imports, once and before the forks)
+    import torch
+
+    torch.use_deterministic_algorithms(False)  # imports the compiler
+
+    chosen = sys.argv[1:]
+    for mistake in MISTAKES:
+        if not chosen or mistake.name in chosen:
+            print(json.dumps(attempt(mistake)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""README says what is true: its figures, its links and its code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from course.model import report
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_figures_are_those_of_the_training_report():
+    measured = report()
+    head = measured["best_induction_head"]
+    expected = {
+        "parameters": f"{measured['parameters']:,}",
+        "validation_loss": f"{measured['validation_loss']:.3f}",
+        "validation_loss_bits_per_byte": f"{measured['validation_loss_bits_per_byte']:.3f}",
+        "induction_score": f"{head['score']:.3f}",
+        "induction_ratio": f"{head['ratio']:.0f}",
+    }
+    assert dict(re.findall(r"<!-- (\w+) -->(.*?)<!-- -->", TEXT)) == expected
+
+
+@pytest.mark.parametrize("file", ["README.md", "stage1_pytorch_tiled/README.md", "course/text/README.md"])
+def test_links_lead_somewhere(file):
+    page = ROOT / file
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_library_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "scores.png").exists()
+
+
+def test_the_two_commands_are_there():
+    assert "pip install uv && uv run course tour" in TEXT
+    assert re.search(r"^uv run pytest\b", TEXT, re.MULTILINE)

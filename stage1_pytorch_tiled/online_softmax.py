@@ -90,7 +90,7 @@ def online_softmax_step(
     Returns:
         The state after the tile.
 
-    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 8-10.
+    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 9-10.
     """
     new_max = torch.maximum(state.row_max, logits.amax(-1))  # m_j = max(m_{j-1}, rowmax(S_j))
     shift = finite(new_max)
@@ -132,7 +132,7 @@ def finish(state: SoftmaxState, sink: Tensor | None = None) -> tuple[Tensor, Ten
     lse = state.row_max + torch.log(state.row_sum)  # L = m + log(l)
     if sink is not None:
         with_sink = torch.logaddexp(lse, sink)
-        output = output * torch.exp(lse - with_sink)[..., None]
+        output = output * torch.exp(lse - finite(with_sink))[..., None]
         lse = torch.where(torch.isneginf(lse), lse, with_sink)
     return output, lse
 

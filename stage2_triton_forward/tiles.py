@@ -41,7 +41,7 @@ def online_softmax_step(row_max, row_sum, logits_log2):
     """Take a tile of base-2 logits [BLOCK_M, BLOCK_N] (-inf where masked) into the running max and sum.
 
     Returns the new max, the new sum, the weights relative to the new max, and the factor that rescales the old output.
-    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 8-10, with 2^x for e^x.
+    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 9-10, with 2^x for e^x.
     """
     new_max = tl.maximum(row_max, tl.max(logits_log2, 1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)

@@ -73,7 +73,12 @@ def test_softcap(tiled_attention):
 
 
 def test_sinks(tiled_attention):
-    check(tiled_attention, *make_qkv(Case(1, 4, 2, 40, 20, 16, True)), True, sinks=torch.tensor([0.0, 5.0, -5.0, 50.0]))
+    check(
+        tiled_attention,
+        *make_qkv(Case(1, 4, 2, 40, 20, 16, True)),
+        True,
+        sinks=torch.tensor([0.0, 5.0, -math.inf, 50.0]),
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right", "everything"])

@@ -1,0 +1,1 @@
+"""Stage 1: attention from the definition to tiles, in plain PyTorch."""

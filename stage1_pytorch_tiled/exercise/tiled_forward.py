@@ -1,0 +1,186 @@
+"""FlashAttention's forward pass as a loop over tiles, in PyTorch: no tensor ever has M×N elements."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stage1_pytorch_tiled.philox import keep_mask
+
+from .online_softmax import empty_state, finish, finite, online_softmax_step
+
+Window = int | tuple[int | None, int | None] | None
+
+
+class LogitsTile(NamedTuple):
+    """One tile of the matrix that is never stored; hooks and the softmax both read it."""
+
+    q_rows: slice
+    k_cols: slice
+    scores: Tensor  # [B, Hk, G, m, n], sm_scale·q·kᵀ, not masked
+    logits: Tensor  # [B, Hk, G, m, n], after softcap, -inf where not visible
+    visible: Tensor | None  # bool, broadcastable to the tile; None when every element is visible
+
+
+OnLogits = Callable[[LogitsTile], None]
+
+
+def tiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    *,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    block_m: int = 16,
+    block_n: int = 16,
+    on_logits: OnLogits | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention tile by tile with the online softmax.
+
+    Args:
+        q: [B, Hq, M, D] or [B, M, D], any floating dtype, any strides, any device.
+        k: [B, Hk, N, D] or [B, N, D]; Hq is a multiple of Hk (grouped-query attention).
+        v: [B, Hk, N, Dv] or [B, N, Dv].
+        causal: query i sees key j iff j <= i + N - M (aligned to the bottom-right corner).
+        sm_scale: factor on q·kᵀ; None means 1/sqrt(D).
+        window: w for |i + N - M - j| <= w, or (left, right) with None for unbounded.
+        softcap: logits become softcap·tanh(logits / softcap).
+        sinks: [Hq], one extra logit per head that takes part in the denominator only.
+        key_padding_mask: [B, N] bool, True for a real key.
+        dropout_p: probability of dropping a weight; acts on the output only.
+        seed: key of the Philox generator behind dropout.
+        block_m: queries in a tile.
+        block_n: keys in a tile.
+        on_logits: called with every visited LogitsTile, before the softmax sees it.
+
+    Returns:
+        output, q's shape with v's last dimension, q's dtype; lse, q's shape without the last dimension, fp32 (fp64 for
+        fp64 inputs), natural log. Rows that see no key: output 0, lse -inf.
+
+    Source: FlashAttention-2 (Dao 2023), Algorithm 1.
+    """
+    if q.ndim == 3:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        squeeze = True
+    else:
+        squeeze = False
+    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    v = v.unsqueeze(2)  # [B, Hk, 1, N, Dv]
+    wide = grid.wide
+    batch, n_kv_heads, group, n_q, _ = grid.q.shape
+    sink = None if sinks is None else sinks.to(wide).view(1, n_kv_heads, group, 1)
+
+    output = q.new_empty(batch, n_kv_heads, group, n_q, v.shape[-1])
+    lse = q.new_empty(batch, n_kv_heads, group, n_q, dtype=wide)
+    raise NotImplementedError("Task 1.8: a state per block of queries: take its tiles in, finish, store output and lse")
+    for q_rows in blocks(n_q, block_m):
+        rows_shape = (batch, n_kv_heads, group, q_rows.stop - q_rows.start)
+
+    output, lse = output.flatten(1, 2), lse.flatten(1, 2)  # [B, Hq, M, Dv], [B, Hq, M]
+    return (output.squeeze(1), lse.squeeze(1)) if squeeze else (output, lse)
+
+
+def tiled_softmax_col_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    *,
+    window: Window = None,
+    softcap: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    block_m: int = 16,
+    block_n: int = 16,
+) -> Tensor:
+    """Sum each key's softmax weight over all queries, in a second pass over the tiles.
+
+    One pass cannot do it: a weight needs its row's final normaliser, which the first pass returns as lse.
+
+    Args:
+        q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in the first pass.
+        lse: [B, Hq, M] or [B, M], from `tiled_attention` on the same inputs.
+
+    Returns:
+        [B, Hk, N] or [B, N], fp32 (fp64 for fp64 inputs), summed over the head group.
+    """
+    if q.ndim == 3:
+        q, k, lse = (x.unsqueeze(1) for x in (q, k, lse))
+        squeeze = True
+    else:
+        squeeze = False
+    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    lse = finite(lse).unflatten(1, (k.shape[1], -1))  # [B, Hk, G, M]
+    col_sum = lse.new_zeros(k.shape[:3])  # [B, Hk, N]
+    raise NotImplementedError("Task 1.12: walk the tiles again: P = e^(S - L), summed over queries and head group")
+    return col_sum.squeeze(1) if squeeze else col_sum
+
+
+class TileGrid:
+    """Cuts the M×N matrix of logits into tiles, and yields the visible ones of a block of queries."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        causal: bool = False,
+        sm_scale: float | None = None,
+        window: Window = None,
+        softcap: float | None = None,
+        key_padding_mask: Tensor | None = None,
+        block_m: int = 16,
+        block_n: int = 16,
+    ):
+        n_kv_heads = k.shape[1]
+        self.q = q.unflatten(1, (n_kv_heads, q.shape[1] // n_kv_heads))  # [B, Hk, G, M, D]
+        self.k = k.unsqueeze(2)  # [B, Hk, 1, N, D]
+        self.sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
+        self.softcap = softcap
+        self.key_padding_mask = key_padding_mask
+        self.block_m, self.block_n = block_m, block_n
+        self.n_q, self.n_k = q.shape[2], k.shape[2]
+        self.left, self.right = window_bounds(causal, window)
+        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def tiles_of(self, q_rows: slice) -> Iterator[LogitsTile]:
+        """Yield the tiles of the query rows that any of them can see, in key order."""
+        q_tile = self.q[..., q_rows, :].to(self.wide)  # [B, Hk, G, m, D]
+        for k_cols in blocks(self.n_k, self.block_n):
+            raise NotImplementedError("Task 1.7: skip tiles out of sight; scores, softcap, mask; yield the LogitsTile")
+            k_tile = self.k[..., k_cols, :].to(self.wide)  # [B, Hk, 1, n, D]
+
+    def visibility(self, q_rows: slice, k_cols: slice) -> bool | Tensor:
+        """Return True or False where the window decides for the whole tile, else the bool mask [m, n]."""
+        raise NotImplementedError("Task 1.6: compare the tile's corners with the window: False, True or the mask")
+
+    def dropout_factor(self, tile: LogitsTile, dropout_p: float, seed: int) -> Tensor:
+        """Return 1 / (1 - p) for kept weights and 0 for dropped ones, [B, Hk, G, m, n]."""
+        batch, n_kv_heads, group = self.q.shape[:3]
+        device = self.q.device
+        batch_head = torch.arange(batch * n_kv_heads * group, device=device).view(batch, n_kv_heads, group, 1, 1)
+        q_idx = torch.arange(tile.q_rows.start, tile.q_rows.stop, device=device)[:, None]
+        k_idx = torch.arange(tile.k_cols.start, tile.k_cols.stop, device=device)
+        return keep_mask(seed, batch_head, q_idx, k_idx, dropout_p).to(self.wide) / (1 - dropout_p)
+
+
+def blocks(length: int, block: int) -> Iterator[slice]:
+    """Yield the slices that cut range(length) into blocks; the last may be shorter."""
+    for start in range(0, length, block):
+        yield slice(start, min(start + block, length))
+
+
+def window_bounds(causal: bool, window: Window) -> tuple[float, float]:
+    """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left."""
+    left, right = (window, window) if window is None or isinstance(window, int) else window
+    left = math.inf if left is None else left
+    right = math.inf if right is None else right
+    return left, min(right, 0) if causal else right

@@ -24,7 +24,9 @@ def test_figures_are_those_of_the_training_report():
     assert dict(re.findall(r"<!-- (\w+) -->(.*?)<!-- -->", TEXT)) == expected
 
 
-@pytest.mark.parametrize("file", ["README.md", "stage1_pytorch_tiled/README.md", "course/text/README.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "stage1_pytorch_tiled/README.md", "course/text/README.md"], ids=["front", "lesson 1", "texts"]
+)
 def test_links_lead_somewhere(file):
     page = ROOT / file
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())

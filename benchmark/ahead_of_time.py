@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from stage2_triton_forward import launch as stage2
+from stage2_triton_forward.tile_config import TileConfig
 from stage3_scores_and_sums import launch as stage3
 
 # What one thread block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
@@ -116,11 +117,30 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"scores_alone-{suffix}", lambda q=q, k=k, c=causal: stage3.compute_attention_scores(q, k, c)
 
 
+def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> None:
+    """Compile the forward loop with each tile config; print what it needs, null where it does not compile."""
+    q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
+    for config in configs:
+        stage2.forward_config = lambda *args, config=config: TileConfig(*config)
+        try:
+            resources = compile_case("forward", lambda: stage2.forward(q, q, q, causal), arch)[0]._asdict()
+        except Exception:  # whatever the compiler cannot do
+            resources = None
+        print(json.dumps({"config": config, "resources": resources}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
     parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--configs", type=json.loads, help="instead: a JSON list of tile configs of the forward loop")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--causal", action="store_true")
     args = parser.parse_args()
+    if args.configs is not None:
+        compile_configs(args.configs, args.head_dim, getattr(torch, args.dtype), args.causal, args.arch[-1])
+        return
     for arch in args.arch:
         for case, launch in launches():
             if args.only in case:

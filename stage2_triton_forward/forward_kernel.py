@@ -1,12 +1,43 @@
 """The one forward loop: a program owns a tile of queries and walks the keys. Variants are hooks and constexprs."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tiles import dot, keep_tile, load_tile, online_softmax_step, store_tile, visible_tile
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    SoftmaxState,
+    dot,
+    drop_tile,
+    load_tile,
+    online_softmax_step,
+    store_tile,
+    tanh,
+    visible_keys,
+    visible_tile,
+)
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+
+class Logits(NamedTuple):
+    """How q·kᵀ becomes logits: scaled, then softcapped. `scale` is positive; capitals are constexpr."""
+
+    scale: float
+    softcap: float
+    SIGN: tl.constexpr  # of the scale: 1, -1 or 0
+    HAS_SOFTCAP: tl.constexpr
+    FP32_PRECISION: tl.constexpr  # of tl.dot
+
+
+class Tiles(NamedTuple):
+    """Sizes known at compile time."""
+
+    GROUP: tl.constexpr  # query heads to a key head
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
 
 
 @triton.jit
@@ -16,66 +47,143 @@ def ignore_logits(hook_args, logits, visible, q_idx, k_idx, batch_head):
 
 @triton.jit
 def forward_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_desc,
-    lse_ptr,
+    q_desc,  # [B, Hq, M, D]
+    k_desc,  # [B, Hk, N, D]
+    v_desc,  # [B, Hk, N, Dv]
+    out_desc,  # [splits·B, Hq, M, Dv]
+    lse_ptr,  # [splits·B, Hq, M]
+    sinks_ptr,  # [Hq]
+    descale_ptr,  # [2]: factors on q·kᵀ and on v, for fp8
+    mask,
+    to_logits,
+    dropout,
+    tiles,
     hook_args,
-    n_q,
-    n_k,
-    sm_scale,
-    seed,
-    drop_threshold,
-    keep_scale,
+    n_batches,
+    heads_together,
     N_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DESCALE: tl.constexpr,
     COMPUTE_OUTPUT: tl.constexpr,
     ON_LOGITS: tl.constexpr,
 ):
     """Attention of one query tile, with `ON_LOGITS(hook_args, logits, visible, q_idx, k_idx, batch_head)` at each tile.
 
-    Grid: one dimension, query tiles of a head side by side, the longest causal row first.
+    Grid: (query tiles of all heads, splits of the keys). Heads come `heads_together` at a time, so that their keys and
+    values stay in L2; among those, the longest causal rows of every head come first, so that no long row starts last.
     Source: FlashAttention-2 (Dao 2023), Algorithm 1.
     """
-    m_blocks = tl.cdiv(n_q, BLOCK_M)
-    batch_head = tl.program_id(0) // m_blocks
-    q_start = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
+    BLOCK_M: tl.constexpr = tiles.BLOCK_M
+    BLOCK_DV: tl.constexpr = tiles.BLOCK_DV
+    m_blocks = tl.cdiv(mask.n_q, BLOCK_M)
+    first_head = tl.program_id(0) // (heads_together * m_blocks) * heads_together
+    n_together = tl.minimum(heads_together, n_batches * N_HEADS - first_head)
+    within = tl.program_id(0) - first_head * m_blocks
+    batch_head = first_head + within % n_together
+    q_start = (m_blocks - 1 - within // n_together) * BLOCK_M
     batch = batch_head // N_HEADS
     head = batch_head % N_HEADS
+
+    begin, whole_begin, whole_stop, stop = visible_keys(mask, q_start, BLOCK_M, tiles.BLOCK_N)
+    if N_SPLITS > 1:
+        keys_per_split = tl.cdiv(tl.cdiv(mask.n_k, tiles.BLOCK_N), N_SPLITS) * tiles.BLOCK_N
+        split_begin = tl.program_id(1) * keys_per_split
+        split_stop = split_begin + keys_per_split
+        begin = tl.maximum(begin, split_begin)
+        stop = tl.minimum(stop, split_stop)
+        whole_begin = tl.maximum(whole_begin, split_begin)
+        whole_stop = tl.maximum(tl.minimum(whole_stop, split_stop), whole_begin)
+
+    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
+    if to_logits.SIGN != 1:
+        q_tile = (q_tile.to(tl.float32) * to_logits.SIGN).to(q_tile.dtype)
+    scale = to_logits.scale
+    if HAS_DESCALE:
+        scale = scale * tl.load(descale_ptr)
     q_idx = q_start + tl.arange(0, BLOCK_M)
-    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, BLOCK_D)
-
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_stop = n_k
-    if IS_CAUSAL:
-        k_stop = tl.minimum(n_k, tl.maximum(q_start + BLOCK_M + n_k - n_q, 0))
-
-    for k_start in range(0, k_stop, BLOCK_N):
-        k_idx = k_start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_desc, batch, head // GROUP, k_start, BLOCK_N, BLOCK_D)
-        logits = dot(q_tile, k_tile.T) * sm_scale  # S = s·Q·Kᵀ, [BLOCK_M, BLOCK_N]
-        visible = visible_tile(q_idx, k_idx, n_q, n_k, IS_CAUSAL)
-        ON_LOGITS(hook_args, logits, visible, q_idx, k_idx, batch_head)
-        if COMPUTE_OUTPUT:
-            logits_log2 = tl.where(visible, logits * LOG2_E, float("-inf"))
-            row_max, row_sum, weights, rescale = online_softmax_step(row_max, row_sum, logits_log2)
-            if HAS_DROPOUT:
-                keep = keep_tile(seed, drop_threshold, batch_head, q_idx, k_idx)
-                weights = tl.where(keep, weights * keep_scale, 0.0)
-            v_tile = load_tile(v_desc, batch, head // GROUP, k_start, BLOCK_N, BLOCK_D)
-            acc = dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None])
+    state = SoftmaxState(
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+    )
+    if mask.HAS_LEFT:  # where the window begins
+        state = attend_keys(
+            state, begin, tl.minimum(whole_begin, stop), True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        )  # fmt: skip
+    state = attend_keys(
+        state, whole_begin, whole_stop, False,
+        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+        batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+    )  # fmt: skip
+    if HAS_TAIL:  # the diagonal, and keys that do not fill a tile
+        state = attend_keys(
+            state, whole_stop, stop, True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        )  # fmt: skip
 
     if COMPUTE_OUTPUT:
-        normaliser = tl.where(row_sum == 0.0, 1.0, row_sum)
-        output = acc / normaliser[:, None]  # O = diag(l)⁻¹·O
-        store_tile(out_desc, output, batch, head, q_start, BLOCK_M, BLOCK_D)
-        lse = (row_max + tl.log2(normaliser)) * LN_2  # L = m + log(l), -inf for a row without keys
-        tl.store(lse_ptr + batch_head.to(tl.int64) * n_q + q_idx, lse, mask=q_idx < n_q)
+        row_sum = tl.where(state.row_sum == 0.0, 1.0, state.row_sum)
+        factor = 1.0 / row_sum
+        lse_log2 = state.row_max + tl.log2(row_sum)  # L = m + log(l), -inf for a row without keys
+        if HAS_SINKS:
+            factor, lse_log2 = add_sink(factor, lse_log2, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
+        if HAS_DESCALE:
+            factor *= tl.load(descale_ptr + 1)
+        out_batch = batch
+        if N_SPLITS > 1:
+            out_batch = tl.program_id(1) * n_batches + batch
+        store_tile(
+            out_desc, state.acc * factor[:, None], out_batch, head, q_start, BLOCK_M, BLOCK_DV
+        )  # O = diag(l)⁻¹·O
+        lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * mask.n_q
+        tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < mask.n_q)
+
+
+@triton.jit
+def attend_keys(
+    state, begin, stop, MASKED: tl.constexpr,
+    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+    batch, head, batch_head, q_idx, COMPUTE_OUTPUT: tl.constexpr, ON_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
+    BLOCK_N: tl.constexpr = tiles.BLOCK_N
+    kv_head = head // tiles.GROUP
+    for k_start in tl.range(begin, stop, BLOCK_N):
+        k_start = tl.multiple_of(k_start, BLOCK_N)
+        k_idx = k_start + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_desc, batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_D)
+        logits = dot(q_tile, k_tile.T, None, to_logits.FP32_PRECISION)  # S = Q·Kᵀ, [BLOCK_M, BLOCK_N], not scaled yet
+        visible = visible_tile(mask, batch, q_idx, k_idx)
+        ON_LOGITS(hook_args, logits * scale, visible, q_idx, k_idx, batch_head)
+        if COMPUTE_OUTPUT:
+            factor = scale
+            if to_logits.HAS_SOFTCAP:
+                logits = tanh(logits * (scale / to_logits.softcap))
+                factor = to_logits.softcap
+            if MASKED or mask.HAS_PADDING:
+                logits = tl.where(visible, logits, float("-inf"))
+            state, weights = online_softmax_step(state, logits, factor * LOG2_E)
+            if dropout.ENABLED:
+                weights = drop_tile(dropout, weights, batch_head, q_idx, k_idx)
+            v_tile = load_tile(v_desc, batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_DV)
+            if v_tile.dtype.primitive_bitwidth == 8:  # fp8 weights would lose what the logits gained
+                v_tile = v_tile.to(tl.bfloat16)
+            acc = dot(weights.to(v_tile.dtype), v_tile, state.acc, to_logits.FP32_PRECISION)
+            state = SoftmaxState(state.row_max, state.row_sum, acc)
+    return state
+
+
+@triton.jit
+def add_sink(factor, lse_log2, sink_log2):
+    """Enlarge the denominator of rows that saw a key by one extra logit; return the output's factor and the lse."""
+    larger = tl.maximum(lse_log2, sink_log2)
+    shift = tl.where(larger == float("-inf"), 0.0, larger)
+    with_sink = shift + tl.log2(tl.exp2(lse_log2 - shift) + tl.exp2(sink_log2 - shift))
+    saw_nothing = lse_log2 == float("-inf")
+    factor = tl.where(saw_nothing, factor, factor * tl.exp2(lse_log2 - with_sink))
+    return factor, tl.where(saw_nothing, lse_log2, with_sink)

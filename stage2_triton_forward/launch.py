@@ -5,16 +5,20 @@ from contextlib import nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stage1_pytorch_tiled.philox import drop_threshold
+from stage1_pytorch_tiled.tiled_forward import Window
 
-from .forward_kernel import forward_kernel, ignore_logits
+from .forward_kernel import Logits, Tiles, forward_kernel, ignore_logits
 from .simple_kernel import simple_forward_kernel
-from .tile_config import forward_config, simple_config
+from .tile_config import forward_config, heads_together, simple_config
+from .tiles import Dropout, Mask
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
+_OUTPUT_DTYPE = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
 
 
 def simple_forward(
@@ -77,69 +81,119 @@ def forward(
     dropout_p: float = 0.0,
     seed: int = 0,
     *,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    descale: Tensor | None = None,
     on_logits=ignore_logits,
     hook_args: tuple = (),
     compute_output: bool = True,
+    n_splits: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward loop, with a hook on its logits.
 
     Args:
-        q: [B, Hq, M, D] fp16|bf16|fp32, any strides, D ≤ 256.
-        k, v: [B, Hk, N, D], Hq a multiple of Hk.
+        q: [B, Hq, M, D] fp16|bf16|fp32|fp8 (e4m3, e5m2), any strides, D ≤ 256.
+        k: [B, Hk, N, D], Hq a multiple of Hk.
+        v: [B, Hk, N, Dv].
         causal: aligned to the bottom-right corner.
         sm_scale: factor on q·kᵀ; None means 1/sqrt(D).
         dropout_p: probability of dropping a weight, on the output only.
         seed: key of the Philox generator behind dropout.
+        window: w for |i + N - M - j| <= w, or (left, right) with None for unbounded.
+        softcap: logits become softcap·tanh(logits / softcap).
+        sinks: [Hq], one extra logit per head that takes part in the denominator only.
+        key_padding_mask: [B, N] bool, True for a real key.
+        descale: [2] fp32, factors on q·kᵀ and on v.
         on_logits: a `@triton.jit` hook; `ignore_logits` documents its arguments.
         hook_args: tuple handed to the hook.
         compute_output: False leaves v unread and output and lse unwritten; only the hook acts.
+        n_splits: into how many parts the keys are cut, each walked by a program of its own.
 
     Returns:
-        output like q, contiguous; lse [B, Hq, M] fp32. Rows that see no key: 0 and -inf.
+        output [B, Hq, M, Dv] in q's dtype (bf16 for fp8) and lse [B, Hq, M] fp32; rows that see no key hold 0 and -inf.
+        With n_splits > 1, both in fp32 with a leading dimension for the splits, to be merged by lse.
     """
     batch, n_heads, n_q, head_dim = q.shape
-    n_k = k.shape[2]
-    output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if q.numel() == 0 or n_k == 0:
+    n_kv_heads, n_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    splits = (n_splits,) if n_splits > 1 else ()
+    out_dtype = torch.float32 if splits else _OUTPUT_DTYPE.get(q.dtype, q.dtype)
+    output = torch.empty(*splits, batch, n_heads, n_q, head_dim_v, dtype=out_dtype, device=q.device)
+    lse = torch.empty(*splits, batch, n_heads, n_q, dtype=torch.float32, device=q.device)
+    if output.numel() == 0 or n_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
-    config = forward_config(q.dtype, head_dim)
-    block_d = padded_head_dim(head_dim)
-    aligned_output = describable(output, copy=False)
+
+    config = forward_config(q, head_dim_v, causal, dropout_p > 0, on_logits is not ignore_logits)
+    sm_scale = default_scale(q, sm_scale)
+    mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
+    tiles = Tiles(
+        *map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n)),
+        *map(tl.constexpr, (padded_head_dim(head_dim), padded_head_dim(head_dim_v))),
+    )
+    to_logits = Logits(
+        abs(sm_scale) or 1.0,
+        1.0 if softcap is None else softcap,
+        *map(tl.constexpr, ((sm_scale > 0) - (sm_scale < 0), softcap is not None, config.fp32_precision)),
+    )
+    dropout = Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
+    flat_output = output.view(-1, n_heads, n_q, head_dim_v)
+    aligned_output = describable(flat_output, copy=False)
+    m_blocks = triton.cdiv(n_q, config.block_m)
     with device_of(q):
-        forward_kernel[(triton.cdiv(n_q, config.block_m) * batch * n_heads,)](
-            descriptor(q, config.block_m, block_d),
-            descriptor(k, config.block_n, block_d),
-            descriptor(v, config.block_n, block_d),
-            descriptor(aligned_output, config.block_m, block_d),
+        forward_kernel[(m_blocks * batch * n_heads, n_splits)](
+            descriptor(q, config.block_m),
+            descriptor(k, config.block_n),
+            descriptor(v, config.block_n),
+            descriptor(aligned_output, config.block_m),
             lse,
+            lse if sinks is None else sinks,
+            lse if descale is None else descale,
+            mask,
+            to_logits,
+            dropout,
+            tiles,
             hook_args,
-            n_q,
-            n_k,
-            default_scale(q, sm_scale),
-            seed,
-            drop_threshold(dropout_p),
-            1 / (1 - dropout_p),
+            batch,
+            heads_together(k, v, n_heads, batch),
             N_HEADS=n_heads,
-            GROUP=n_heads // k.shape[1],
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=block_d,
-            IS_CAUSAL=causal,
-            HAS_DROPOUT=dropout_p > 0,
+            N_SPLITS=n_splits,
+            HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,
+            HAS_SINKS=sinks is not None,
+            HAS_DESCALE=descale is not None,
             COMPUTE_OUTPUT=compute_output,
             ON_LOGITS=on_logits,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return output if aligned_output is output else output.copy_(aligned_output), lse
+    if aligned_output is not flat_output:
+        flat_output.copy_(aligned_output)
+    return output, lse
 
 
-def descriptor(x: Tensor, block_rows: int, block_d: int) -> TensorDescriptor:
-    """Describe [B, H, N, D] for tile loads of [block_rows, block_d] that are clipped at the end of each head."""
+def key_mask(
+    n_q: int, n_k: int, causal: bool, window: Window, key_padding_mask: Tensor | None, placeholder: Tensor
+) -> Mask:
+    """Describe who sees whom for the kernels; `placeholder` is any tensor, for a pointer that is never read."""
+    left, right = (window, window) if window is None or isinstance(window, int) else window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    padded = key_padding_mask is not None
+    return Mask(
+        n_q,
+        n_k,
+        left or 0,
+        right or 0,
+        key_padding_mask.to(torch.uint8).contiguous() if padded else placeholder,
+        *map(tl.constexpr, (left is not None, right is not None, padded)),
+    )
+
+
+def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
+    """Describe [B, H, N, D] for loads of `block_rows` rows of all columns, clipped at the end of each head."""
     x = describable(x)
     strides = [_free_stride(x) if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_rows, block_d])
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_rows, padded_head_dim(x.shape[3])])
 
 
 def describable(x: Tensor, copy: bool = True) -> Tensor:
@@ -157,7 +211,7 @@ def describable(x: Tensor, copy: bool = True) -> Tensor:
 
 def _free_stride(x: Tensor) -> int:
     """Return a legal stride for a dimension of size 1, whose own stride may be anything."""
-    return _DESCRIPTOR_ALIGNMENT // x.element_size() * math.ceil(x.numel())
+    return _DESCRIPTOR_ALIGNMENT // x.element_size() * x.numel()
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -1,18 +1,52 @@
 """What happens to one tile: load, store, who sees whom, and the online softmax step. Shared by every kernel."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Mask(NamedTuple):
+    """Who sees whom: query i sees real key j < n_k iff -right <= i + n_k - n_q - j <= left. Capitals are constexpr."""
+
+    n_q: int
+    n_k: int
+    left: int
+    right: int
+    padding_ptr: tl.tensor  # [B, n_k], nonzero for a real key
+    HAS_LEFT: tl.constexpr
+    HAS_RIGHT: tl.constexpr
+    HAS_PADDING: tl.constexpr
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped (a random word below `threshold`), and what the kept ones are multiplied by."""
+
+    seed: int
+    threshold: int
+    keep_scale: float
+    ENABLED: tl.constexpr
+
+
+class SoftmaxState(NamedTuple):
+    """What is known of a tile of rows after some of their keys."""
+
+    row_max: tl.tensor  # [BLOCK_M], base 2, -inf before the first visible key
+    row_sum: tl.tensor  # [BLOCK_M]
+    acc: tl.tensor  # [BLOCK_M, BLOCK_DV]
 
 
 @triton.jit
-def dot(a, b, acc=None):
-    """Multiply two tiles with fp32 accumulation, and without TF32 for fp32 inputs."""
+def dot(a, b, acc=None, FP32_PRECISION: tl.constexpr = "ieee"):
+    """Multiply two tiles with fp32 accumulation; fp32 inputs never fall to plain TF32."""
     if INTERPRETED:  # NumPy has no bf16; its products are exact in fp32, as on the tensor cores
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=FP32_PRECISION)
 
 
 @triton.jit
@@ -28,33 +62,78 @@ def store_tile(desc, tile, batch, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def visible_tile(q_idx, k_idx, n_q, n_k, IS_CAUSAL: tl.constexpr):
-    """Return [BLOCK_M, BLOCK_N], True where a query sees a key; causal is aligned to the bottom-right corner."""
-    visible = (q_idx[:, None] < n_q) & (k_idx[None, :] < n_k)
-    if IS_CAUSAL:
-        visible = visible & (k_idx[None, :] <= q_idx[:, None] + n_k - n_q)
+def visible_tile(mask, batch, q_idx, k_idx):
+    """Return [BLOCK_M, BLOCK_N], True where a query sees a key."""
+    visible = (q_idx[:, None] < mask.n_q) & (k_idx[None, :] < mask.n_k)
+    position = q_idx[:, None] + (mask.n_k - mask.n_q)  # the last query stands at the last key
+    if mask.HAS_RIGHT:
+        visible = visible & (k_idx[None, :] <= position + mask.right)
+    if mask.HAS_LEFT:
+        visible = visible & (k_idx[None, :] >= position - mask.left)
+    if mask.HAS_PADDING:
+        real = tl.load(mask.padding_ptr + batch.to(tl.int64) * mask.n_k + k_idx, mask=k_idx < mask.n_k, other=0)
+        visible = visible & (real != 0)[None, :]
     return visible
 
 
 @triton.jit
-def online_softmax_step(row_max, row_sum, logits_log2):
-    """Take a tile of base-2 logits [BLOCK_M, BLOCK_N] (-inf where masked) into the running max and sum.
+def visible_keys(mask, q_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the key positions (begin, whole_begin, whole_stop, stop) for the query tile that starts at q_start.
 
-    Returns the new max, the new sum, the weights relative to the new max, and the factor that rescales the old output.
-    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 9-10, with 2^x for e^x.
+    No row of the tile sees a key before `begin` or from `stop` on; every row sees every key of the inner range, whose
+    ends, like `begin`, are multiples of BLOCK_N. (Key padding is not considered.)
     """
-    new_max = tl.maximum(row_max, tl.max(logits_log2, 1))
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(logits_log2 - shift[:, None])
-    rescale = tl.exp2(row_max - shift)
-    return new_max, row_sum * rescale + tl.sum(weights, 1), weights, rescale
+    first_position = q_start + mask.n_k - mask.n_q
+    last_position = tl.minimum(q_start + BLOCK_M, mask.n_q) - 1 + mask.n_k - mask.n_q
+    begin = 0
+    whole_begin = 0
+    whole_stop = mask.n_k // BLOCK_N * BLOCK_N
+    stop = mask.n_k
+    if mask.HAS_RIGHT:
+        stop = tl.minimum(stop, tl.maximum(last_position + mask.right + 1, 0))
+        whole_stop = tl.minimum(whole_stop, tl.maximum(first_position + mask.right + 1, 0) // BLOCK_N * BLOCK_N)
+    if mask.HAS_LEFT:
+        begin = tl.maximum(first_position - mask.left, 0) // BLOCK_N * BLOCK_N
+        whole_begin = tl.cdiv(tl.maximum(last_position - mask.left, 0), BLOCK_N) * BLOCK_N
+        whole_stop = tl.maximum(whole_stop, whole_begin)
+    return begin, whole_begin, whole_stop, stop
 
 
 @triton.jit
-def keep_tile(seed, drop_threshold, batch_head, q_idx, k_idx):
-    """Return [BLOCK_M, BLOCK_N], True where dropout keeps a weight: Philox of the seed and the position alone."""
-    columns = tl.broadcast_to(k_idx[None, :], [q_idx.shape[0], k_idx.shape[0]]).to(tl.uint32)
-    rows = tl.broadcast_to(q_idx[:, None], [q_idx.shape[0], k_idx.shape[0]]).to(tl.uint32)
-    heads = tl.full([q_idx.shape[0], k_idx.shape[0]], 0, tl.uint32) + batch_head.to(tl.uint32)
-    random, _, _, _ = tl.philox(seed, columns, rows, heads, tl.zeros_like(columns))
-    return random.to(tl.uint64) >= drop_threshold.to(tl.uint64)
+def online_softmax_step(state, logits, scale_log2):
+    """Take a tile of unscaled logits [BLOCK_M, BLOCK_N] (-inf where masked) into the running max and sum.
+
+    With scale_log2 = scale·log2(e) > 0, `2^(logits·scale_log2 - max)` is one fused multiply-add and one exp2 each.
+    Returns the state with its output rescaled to the new max, and the weights relative to it.
+    Source: FlashAttention-2 (Dao 2023), Algorithm 1, lines 9-10, with 2^x for e^x.
+    """
+    new_max = tl.maximum(state.row_max, tl.max(logits, 1) * scale_log2)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row with no key so far: -inf - (-inf) is NaN
+    weights = tl.exp2(logits * scale_log2 - shift[:, None])
+    rescale = tl.exp2(state.row_max - shift)
+    row_sum = state.row_sum * rescale + tl.sum(weights, 1)
+    return SoftmaxState(new_max, row_sum, state.acc * rescale[:, None]), weights
+
+
+@triton.jit
+def tanh(x):
+    """Return the hyperbolic tangent to fp32 accuracy: a series near 0, where 1 - e^-2x would cancel."""
+    decay = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    far = (1 - decay) / (1 + decay)
+    squared = x * x
+    near = x * (1 + squared * (-0.33333333 + squared * (0.13333333 + squared * (-0.053968254 + squared * 0.021869488))))
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def drop_tile(dropout, weights, batch_head, q_idx, k_idx):
+    """Return the weights [BLOCK_M, BLOCK_N] with dropped ones 0 and kept ones scaled up.
+
+    What is dropped is Philox of the seed and the position alone, so that the backward pass can drop the same.
+    """
+    columns = tl.broadcast_to(k_idx[None, :], weights.shape).to(tl.uint32)
+    rows = tl.broadcast_to(q_idx[:, None], weights.shape).to(tl.uint32)
+    heads = tl.full(weights.shape, 0, tl.uint32) + batch_head.to(tl.uint32)
+    random, _, _, _ = tl.philox(dropout.seed, columns, rows, heads, tl.zeros_like(columns))
+    keep = random.to(tl.uint64) >= dropout.threshold.to(tl.uint64)
+    return tl.where(keep, weights * dropout.keep_scale, 0.0)

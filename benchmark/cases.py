@@ -1,0 +1,77 @@
+"""The shapes that are measured, and the implementations they are measured against."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Shape(NamedTuple):
+    """One attention problem with M = N."""
+
+    batch: int
+    n_heads: int
+    n_kv_heads: int
+    n: int
+    head_dim: int
+    causal: bool
+
+    def __str__(self) -> str:
+        heads = str(self.n_heads) if self.n_heads == self.n_kv_heads else f"{self.n_heads}/{self.n_kv_heads}"
+        return f"{self.batch},{heads},{self.n},{self.head_dim} {'causal' if self.causal else 'full'}"
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the forward pass: two matrix products, halved by a causal mask."""
+        return 4 * self.batch * self.n_heads * self.n**2 * self.head_dim / (2 if self.causal else 1)
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw q, k and v on the GPU."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        sizes = [
+            (self.batch, heads, self.n, self.head_dim) for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        ]
+        return tuple(torch.randn(size, generator=generator, device="cuda").to(dtype) for size in sizes)
+
+
+FORWARD_SHAPES = [
+    Shape(4, 32, 32, 1024, 128, True),
+    Shape(2, 32, 32, 4096, 128, True),
+    Shape(1, 32, 32, 8192, 128, True),
+    Shape(1, 32, 32, 16384, 128, True),
+    Shape(1, 32, 8, 8192, 128, True),
+    Shape(4, 32, 32, 4096, 64, True),
+    Shape(2, 32, 32, 4096, 128, False),
+    Shape(1, 32, 32, 16384, 128, False),
+    Shape(1, 32, 8, 8192, 128, False),
+    Shape(4, 32, 32, 4096, 64, False),
+]
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """PyTorch's attention, held to one of its backends."""
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
+    """Prepare FlexAttention, compiled, with its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = None
+    if causal:
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def forward_peers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], Tensor]]:
+    """Return what the forward pass is measured beside, by name."""
+    return {
+        "cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION, q, k, v, causal),
+        "SDPA-FA2": lambda: sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, causal),
+        "FlexAttention": flex(q, k, v, causal),
+    }

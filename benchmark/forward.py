@@ -1,0 +1,49 @@
+"""The forward pass beside cuDNN, FlashAttention-2 and FlexAttention, and decoding against the copy rate."""
+
+import torch
+from rich.progress import track
+
+from benchmark.cases import FORWARD_SHAPES, forward_peers
+from benchmark.measure import is_right, median_ms, side_by_side, spread
+from stage2_triton_forward.launch import forward
+from stage2_triton_forward.split_kv import attention_forward
+
+DECODE_LENGTHS = (32768, 65536, 131072)
+
+
+def forward_rows(dtype: torch.dtype = torch.bfloat16) -> list[dict]:
+    """Time every shape; a peer that cannot run a shape is left out of its row."""
+    rows = []
+    for shape in track(FORWARD_SHAPES, "forward"):
+        q, k, v = shape.tensors(dtype)
+        calls = {"ours": lambda q=q, k=k, v=v, c=shape.causal: forward(q, k, v, c)[0]}
+        calls |= forward_peers(q, k, v, shape.causal)
+        row = {"shape": str(shape), "dtype": str(dtype), "right": is_right(calls["ours"](), q, k, v, shape.causal)}
+        for name in list(calls):
+            try:
+                calls[name]()
+            except Exception as error:
+                row[name] = {"error": str(error).splitlines()[0]}
+                del calls[name]
+        for name, times in side_by_side(calls).items():
+            row[name] = spread(times) | {"tflops": shape.flops / spread(times)["ms"] / 1e9}
+        rows.append(row)
+    return rows
+
+
+def decode_rows(dtype: torch.dtype = torch.bfloat16) -> list[dict]:
+    """Time one query against long caches; what counts is how fast keys and values are read."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy_rate = 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
+    rows = []
+    for n in track(DECODE_LENGTHS, "decode"):
+        q = torch.randn(1, 32, 1, 128, device="cuda").to(dtype)
+        k, v = (torch.randn(1, 8, n, 128, device="cuda").to(dtype) for _ in range(2))
+        right = is_right(attention_forward(q, k, v, True)[0], q, k, v, True)
+        times = side_by_side({"ours": lambda q=q, k=k, v=v: attention_forward(q, k, v, True)})["ours"]
+        rate = 2 * k.numel() * k.element_size() / spread(times)["ms"] / 1e6
+        rows.append(
+            {"n": n, "right": right, **spread(times), "GB/s": rate, "copy GB/s": copy_rate, "share": rate / copy_rate}
+        )
+    return rows

@@ -1,0 +1,54 @@
+"""Merges what several programs learnt about the same rows from different keys."""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2_E
+
+
+@triton.jit
+def merge_kernel(
+    partial_out_ptr,  # [splits, rows, Dv]
+    partial_lse_ptr,  # [splits, rows]
+    sinks_ptr,  # [Hq]
+    out_ptr,  # [rows, Dv]
+    lse_ptr,  # [rows]
+    n_rows,
+    n_q,
+    N_HEADS: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Merge one row of the output: the lse of each part says how much of the row's total weight it holds.
+
+    Grid: (batch·heads·queries,). Source: Milakov and Gimelshein 2018, eq. 4; flash decoding (Dao et al. 2023).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    s_idx = tl.arange(0, BLOCK_S)
+    d_idx = tl.arange(0, BLOCK_DV)
+    is_split = s_idx < N_SPLITS
+    part_rows = s_idx.to(tl.int64) * n_rows + row
+    part_lse = tl.load(partial_lse_ptr + part_rows, mask=is_split, other=float("-inf"))  # [BLOCK_S]
+    largest = tl.max(part_lse, 0)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    part_sums = tl.exp2((part_lse - shift) * LOG2_E)
+    row_sum = tl.sum(part_sums, 0)
+    lse = shift + tl.log(tl.where(row_sum == 0.0, 1.0, row_sum))
+    lse = tl.where(row_sum == 0.0, float("-inf"), lse)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + row // n_q % N_HEADS).to(tl.float32)
+        larger = tl.maximum(lse, sink)
+        with_sink = larger + tl.log(tl.exp(lse - larger) + tl.exp(sink - larger))
+        lse = tl.where(row_sum == 0.0, lse, with_sink)
+    part_weights = tl.exp2((part_lse - tl.where(lse == float("-inf"), 0.0, lse)) * LOG2_E)  # [BLOCK_S]
+    parts = tl.load(
+        partial_out_ptr + part_rows[:, None] * HEAD_DIM_V + d_idx[None, :],
+        mask=is_split[:, None] & (d_idx < HEAD_DIM_V)[None, :],
+        other=0.0,
+    )  # [BLOCK_S, BLOCK_DV]
+    output = tl.sum(parts * part_weights[:, None], 0)
+    tl.store(out_ptr + row * HEAD_DIM_V + d_idx, output.to(out_ptr.dtype.element_ty), mask=d_idx < HEAD_DIM_V)
+    tl.store(lse_ptr + row, lse)

@@ -153,13 +153,14 @@ def attend_keys(
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
     BLOCK_N: tl.constexpr = tiles.BLOCK_N
     kv_head = head // tiles.GROUP
-    for k_start in tl.range(begin, stop, BLOCK_N):
+    for k_start in tl.range(begin, stop, BLOCK_N, disable_licm=MASKED):
         k_start = tl.multiple_of(k_start, BLOCK_N)
         k_idx = k_start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_desc, batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_D)
         logits = dot(q_tile, k_tile.T, None, to_logits.FP32_PRECISION)  # S = Q·Kᵀ, [BLOCK_M, BLOCK_N], not scaled yet
         visible = visible_tile(mask, batch, q_idx, k_idx)
-        ON_LOGITS(hook_args, logits * scale, visible, q_idx, k_idx, batch_head)
+        in_rows = (q_idx < mask.n_q)[:, None]
+        ON_LOGITS(hook_args, logits * scale, visible & in_rows, q_idx, k_idx, batch_head)
         if COMPUTE_OUTPUT:
             factor = scale
             if to_logits.HAS_SOFTCAP:

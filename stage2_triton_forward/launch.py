@@ -129,7 +129,7 @@ def forward(
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
     tiles = Tiles(
         *map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n)),
-        *map(tl.constexpr, (padded_head_dim(head_dim), padded_head_dim(head_dim_v))),
+        *(tl.constexpr(padded_head_dim(width, q.dtype)) for width in (head_dim, head_dim_v)),
     )
     to_logits = Logits(
         abs(sm_scale) or 1.0,
@@ -145,7 +145,7 @@ def forward(
             descriptor(q, config.block_m),
             descriptor(k, config.block_n),
             descriptor(v, config.block_n),
-            descriptor(aligned_output, config.block_m),
+            descriptor(aligned_output, config.block_m, tiles.BLOCK_DV.value),
             lse,
             lse if sinks is None else sinks,
             lse if descale is None else descale,
@@ -189,11 +189,12 @@ def key_mask(
     )
 
 
-def descriptor(x: Tensor, block_rows: int) -> TensorDescriptor:
-    """Describe [B, H, N, D] for loads of `block_rows` rows of all columns, clipped at the end of each head."""
+def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> TensorDescriptor:
+    """Describe [B, H, N, D] for tiles of `block_rows` rows of all columns, clipped at the end of each head."""
     x = describable(x)
     strides = [_free_stride(x) if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_rows, padded_head_dim(x.shape[3])])
+    block_d = block_d or padded_head_dim(x.shape[3], x.dtype)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_rows, block_d])
 
 
 def describable(x: Tensor, copy: bool = True) -> Tensor:
@@ -214,9 +215,9 @@ def _free_stride(x: Tensor) -> int:
     return _DESCRIPTOR_ALIGNMENT // x.element_size() * x.numel()
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """Return the tile width for a head dimension: a power of two that tl.dot accepts."""
-    return max(16, triton.next_power_of_2(head_dim))
+def padded_head_dim(head_dim: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return the tile width for a head dimension: a power of two that tl.dot accepts (from 32 on for fp8)."""
+    return max(32 if dtype.itemsize == 1 else 16, triton.next_power_of_2(head_dim))
 
 
 def default_scale(q: Tensor, sm_scale: float | None) -> float:

@@ -41,7 +41,7 @@ class SoftmaxState(NamedTuple):
 
 
 @triton.jit
-def dot(a, b, acc=None, FP32_PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc=None, FP32_PRECISION: tl.constexpr = tl.constexpr("ieee")):
     """Multiply two tiles with fp32 accumulation; fp32 inputs never fall to plain TF32."""
     if INTERPRETED:  # NumPy has no bf16; its products are exact in fp32, as on the tensor cores
         a = a.to(tl.float32)
@@ -63,11 +63,12 @@ def store_tile(desc, tile, batch, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def visible_tile(mask, batch, q_idx, k_idx):
-    """Return [BLOCK_M, BLOCK_N], True where a query sees a key."""
-    visible = (q_idx[:, None] < mask.n_q) & (k_idx[None, :] < mask.n_k)
+    """Return [BLOCK_M, BLOCK_N], True where a query sees a key; rows past the last query are not told apart."""
     position = q_idx[:, None] + (mask.n_k - mask.n_q)  # the last query stands at the last key
     if mask.HAS_RIGHT:
-        visible = visible & (k_idx[None, :] <= position + mask.right)
+        visible = k_idx[None, :] <= tl.minimum(position + mask.right, mask.n_k - 1)
+    else:
+        visible = (k_idx < mask.n_k)[None, :] & (q_idx >= 0)[:, None]
     if mask.HAS_LEFT:
         visible = visible & (k_idx[None, :] >= position - mask.left)
     if mask.HAS_PADDING:

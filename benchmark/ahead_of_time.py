@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from stage2_triton_forward import launch as stage2
+from stage2_triton_forward.split_kv import attention_forward
 from stage2_triton_forward.tile_config import TileConfig
 from stage3_scores_and_sums import launch as stage3
 
@@ -102,19 +103,35 @@ def compile_case(case: str, launch: Callable[[], object], arch: int) -> list[Com
     return reports
 
 
-def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the name and the launch of every kernel × hook × dtype × head dimension × mask."""
+def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the name and the launch of every kernel × variant × dtype × head dimension × mask of an architecture."""
     for dtype_name, dtype in DTYPES.items():
         for head_dim in (64, 128, 256):
             q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
             k = torch.empty(1, 2, 256, head_dim, dtype=dtype)
+            real = torch.ones(1, 256, dtype=torch.bool)
+            variants = {
+                "forward": {},
+                "window": {"window": (100, None)},
+                "softcap": {"softcap": 20.0},
+                "sinks": {"sinks": torch.ones(4)},
+                "padding": {"key_padding_mask": real},
+                "dropout": {"dropout_p": 0.1},
+                "split": {"n_splits": 4},
+            }
             for causal in (False, True):
                 suffix = f"{dtype_name}-d{head_dim}-{'causal' if causal else 'full'}"
+                for name, options in variants.items():
+                    yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, o=options: stage2.forward(q, k, k, c, **o)
+                yield f"decode-{suffix}", lambda q=q, k=k, c=causal: attention_forward(q[:, :, :1], k, k, c, n_splits=4)
                 yield f"simple-{suffix}", lambda q=q, k=k, c=causal: stage2.simple_forward(q, k, k, c)
-                yield f"forward-{suffix}", lambda q=q, k=k, c=causal: stage2.forward(q, k, k, c)
-                yield f"dropout-{suffix}", lambda q=q, k=k, c=causal: stage2.forward(q, k, k, c, None, 0.1)
                 yield f"with_scores-{suffix}", lambda q=q, k=k, c=causal: stage3.attention_with_scores(q, k, k, c)
                 yield f"scores_alone-{suffix}", lambda q=q, k=k, c=causal: stage3.compute_attention_scores(q, k, c)
+    if arch < 89:  # no fp8 tensor cores
+        return
+    for dtype_name, dtype in {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.items():
+        q = torch.empty(1, 4, 256, 128, dtype=dtype)
+        yield f"fp8-{dtype_name}-d128-causal", lambda q=q: stage2.forward(q, q, q, True, descale=torch.ones(2))
 
 
 def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> None:
@@ -142,7 +159,7 @@ def main() -> None:
         compile_configs(args.configs, args.head_dim, getattr(torch, args.dtype), args.causal, args.arch[-1])
         return
     for arch in args.arch:
-        for case, launch in launches():
+        for case, launch in launches(arch):
             if args.only in case:
                 for report in compile_case(case, launch, arch):
                     print(json.dumps(report._asdict()), flush=True)

@@ -2,6 +2,6 @@
 
 from stage1_pytorch_tiled.dense import naive_attention
 
-from .api import attention_with_scores, compute_attention_scores
+from .api import attention, attention_with_scores, compute_attention_scores
 
-__all__ = ["attention_with_scores", "compute_attention_scores", "naive_attention"]
+__all__ = ["attention", "attention_with_scores", "compute_attention_scores", "naive_attention"]

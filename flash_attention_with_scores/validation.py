@@ -7,19 +7,26 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_HEAD_DIM = 256
 _BACKENDS = ("triton", "pytorch")
 
 
-def check_attention(q, k, v, causal, sm_scale, dropout_p, seed) -> None:
+def check_attention(
+    q, k, v, causal, sm_scale, dropout_p, seed, *, allow_fp8: bool = False, allow_other_v_width: bool = False
+) -> None:
     """Check the arguments of attention itself; raise TypeError or ValueError."""
-    check_qk(q, k, causal, sm_scale)
-    _check_tensor("v", v)
+    check_qk(q, k, causal, sm_scale, allow_fp8)
+    _check_tensor("v", v, allow_fp8)
     _check_like("v", v, "k", k)
-    if v.shape != k.shape:
+    if allow_other_v_width:
+        if v.shape[:3] != k.shape[:3]:
+            raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
+        if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
+            raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
+    elif v.shape != k.shape:
         raise ValueError(f"v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, numbers.Real):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    _check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -28,10 +35,49 @@ def check_attention(q, k, v, causal, sm_scale, dropout_p, seed) -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
 
 
-def check_qk(q, k, causal, sm_scale) -> None:
+def check_features(q, k, window, softcap, sinks, key_padding_mask, descales) -> None:
+    """Check what attention does beside the plain formula; raise TypeError or ValueError."""
+    check_window(window)
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be above 0, got {softcap}")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+            raise TypeError(f"sinks must be a floating-point tensor or None, got {_kind(sinks)}")
+        _check_shape("sinks", sinks, (q.shape[1],), q.device)
+    if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be a bool tensor or None, got {_kind(key_padding_mask)}")
+        _check_shape("key_padding_mask", key_padding_mask, (k.shape[0], k.shape[2]), q.device)
+    if descales is not None:
+        if q.dtype not in _FP8:
+            raise ValueError(f"descales go with fp8 inputs only, got {q.dtype}")
+        if not isinstance(descales, tuple | list) or len(descales) != 3:
+            raise TypeError(f"descales must be three numbers or one-element tensors (q, k, v), got {descales!r}")
+        for name, x in zip("qkv", descales, strict=True):
+            if isinstance(x, Tensor):
+                if x.numel() != 1:
+                    raise ValueError(f"descales: {name}'s must have one element, got shape {list(x.shape)}")
+            else:
+                _check_number(f"descales: {name}'s", x)
+
+
+def check_window(window) -> None:
+    """Check a window: an int, a pair of ints or None, none of them negative."""
+    sides = window if isinstance(window, tuple | list) else (window,)
+    if len(sides) not in (1, 2) or any(
+        x is not None and (isinstance(x, bool) or not isinstance(x, int)) for x in sides
+    ):
+        raise TypeError(f"window must be an int, a pair (left, right) of ints or None, got {window!r}")
+    if any(x is not None and x < 0 for x in sides):
+        raise ValueError(f"window must not be negative, got {window!r}")
+
+
+def check_qk(q, k, causal, sm_scale, allow_fp8: bool = False) -> None:
     """Check the arguments that define the scores; raise TypeError or ValueError."""
-    _check_tensor("q", q)
-    _check_tensor("k", k)
+    _check_tensor("q", q, allow_fp8)
+    _check_tensor("k", k, allow_fp8)
     _check_like("k", k, "q", q)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch size {q.shape[0]}, got {k.shape[0]}")
@@ -44,10 +90,7 @@ def check_qk(q, k, causal, sm_scale) -> None:
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if sm_scale is not None:
-        if isinstance(sm_scale, bool) or not isinstance(sm_scale, numbers.Real):
-            raise TypeError(f"sm_scale must be a number or None, got {type(sm_scale).__name__}")
-        if not math.isfinite(sm_scale):
-            raise ValueError(f"sm_scale must be finite, got {sm_scale}")
+        _check_number("sm_scale", sm_scale, " or None")
 
 
 def check_backend(backend, *inputs: Tensor) -> str:
@@ -57,6 +100,8 @@ def check_backend(backend, *inputs: Tensor) -> str:
     q = inputs[0]
     chosen = backend or ("triton" if q.is_cuda else "pytorch")
     if chosen == "pytorch":
+        if q.dtype in _FP8:
+            raise ValueError(f"backend='pytorch' takes fp16, bf16, fp32 or fp64, got {q.dtype}")
         return chosen
     if q.dtype == torch.float64:
         raise ValueError("q must be fp16, bf16 or fp32 for backend='triton', got torch.float64; use backend='pytorch'")
@@ -72,6 +117,7 @@ def check_backend(backend, *inputs: Tensor) -> str:
     return chosen
 
 
+@torch.compiler.assume_constant_result
 def _triton_is_interpreted() -> bool:
     try:
         import triton
@@ -80,13 +126,31 @@ def _triton_is_interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def _check_tensor(name: str, x) -> None:
+def _check_number(name: str, x, otherwise: str = "") -> None:
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {x.device}")
+
+
+def _kind(x) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_tensor(name: str, x, allow_fp8: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim != 4:
         raise ValueError(f"{name} must be 4-D [batch, heads, sequence, head_dim], got shape {list(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    if x.dtype not in _DTYPES and not (allow_fp8 and x.dtype in _FP8):
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64{' or fp8' if allow_fp8 else ''}, got {x.dtype}")
 
 
 def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

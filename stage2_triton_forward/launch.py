@@ -124,9 +124,10 @@ def forward(
     if output.numel() == 0 or n_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
 
-    config = forward_config(q, head_dim_v, causal, dropout_p > 0, on_logits is not ignore_logits)
     sm_scale = default_scale(q, sm_scale)
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
+    guarded = mask.HAS_LEFT.value or mask.HAS_PADDING.value or softcap is not None or on_logits is not ignore_logits
+    config = forward_config(q, head_dim_v, guarded, dropout_p > 0)
     tiles = Tiles(
         *map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n)),
         *(tl.constexpr(padded_head_dim(width, q.dtype)) for width in (head_dim, head_dim_v)),

@@ -1,11 +1,17 @@
-"""Tile sizes, warps and pipeline stages: the only file that picks numbers."""
+"""Tile sizes, warps and pipeline stages: the only file that picks numbers.
+
+The rows for sm_90 come from `python -m benchmark.run search` on an H200 (`benchmark/results/search.json`); the others
+are for GPUs that nobody has searched on: small enough for the shared memory of every GPU since sm_75.
+"""
 
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 _L2_SHARE = 32 * 2**20  # bytes of keys and values that stay in L2 while the heads that read them take turns
+_SHORT = 16  # queries: up to here a call is decoding, bound by reading keys and values
 
 
 class TileConfig(NamedTuple):
@@ -15,7 +21,48 @@ class TileConfig(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    fp32_precision: str = "ieee"
+    fp32_precision: str = "ieee"  # of tl.dot; matters for fp32 inputs only
+
+
+class Rows(NamedTuple):
+    """The configs of one head dimension; what needs more registers than the plain loop gets smaller tiles."""
+
+    plain: TileConfig
+    guarded: TileConfig  # a window's left edge, key padding, softcap or a hook
+    dropout: TileConfig
+    short: TileConfig
+    fp32: TileConfig
+
+
+_HOPPER = {
+    64: Rows(
+        plain=TileConfig(64, 128, 4, 2),
+        guarded=TileConfig(64, 64, 4, 3),
+        dropout=TileConfig(64, 32, 4, 2),
+        short=TileConfig(16, 64, 4, 3),
+        fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
+    ),
+    128: Rows(
+        plain=TileConfig(128, 64, 4, 2),
+        guarded=TileConfig(128, 64, 8, 2),
+        dropout=TileConfig(64, 32, 4, 2),
+        short=TileConfig(16, 64, 4, 3),
+        fp32=TileConfig(64, 16, 8, 1, "tf32x3"),
+    ),
+    256: Rows(
+        plain=TileConfig(128, 64, 8, 2),
+        guarded=TileConfig(64, 64, 4, 2),
+        dropout=TileConfig(32, 32, 4, 1),
+        short=TileConfig(16, 32, 4, 3),
+        fp32=TileConfig(16, 16, 4, 1, "tf32x3"),
+    ),
+}
+_ANY_GPU = {
+    64: Rows(*[TileConfig(128, 32, 8, 2)] * 2, TileConfig(64, 16, 4, 2), *[TileConfig(16, 32, 4, 2)] * 2),
+    128: Rows(*[TileConfig(128, 32, 8, 2)] * 2, TileConfig(64, 16, 4, 2), *[TileConfig(16, 32, 4, 2)] * 2),
+    256: Rows(*[TileConfig(64, 16, 4, 2)] * 3, TileConfig(16, 16, 4, 2), TileConfig(16, 16, 4, 1)),
+}
+_INTERPRETED = {width: Rows(*[TileConfig(64, 64, 4, 2)] * 3, *[TileConfig(16, 64, 4, 2)] * 2) for width in _HOPPER}
 
 
 def simple_config(dtype: torch.dtype, block_d: int) -> TileConfig:
@@ -25,13 +72,31 @@ def simple_config(dtype: torch.dtype, block_d: int) -> TileConfig:
     return TileConfig(block_m=block, block_n=block, num_warps=4, num_stages=2)
 
 
-def forward_config(q: Tensor, head_dim_v: int, causal: bool, has_dropout: bool, has_hook: bool) -> TileConfig:
-    """Return the tiles of the forward loop; small enough for the shared memory of every GPU since sm_75."""
-    if q.shape[2] <= 16 and q.dtype.itemsize <= 2:
-        return TileConfig(block_m=16, block_n=64, num_warps=4, num_stages=3)
-    if q.dtype == torch.float32 or max(q.shape[3], head_dim_v) > 128:
-        return TileConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
-    return TileConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
+def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool) -> TileConfig:
+    """Return the config of the forward loop.
+
+    Args:
+        q: [B, Hq, M, D]; its shape and dtype count.
+        head_dim_v: Dv.
+        guarded: whether the loop does more than a causal mask: a window, key padding, softcap or a hook.
+        has_dropout: whether weights are dropped.
+    """
+    table = _tables()
+    rows = table[min(width for width in table if width >= max(q.shape[3], head_dim_v))]
+    if q.dtype == torch.float32:
+        return rows.fp32
+    if has_dropout:
+        return rows.dropout
+    if q.shape[2] <= _SHORT:
+        return rows.short
+    return rows.guarded if guarded else rows.plain
+
+
+def _tables() -> dict[int, Rows]:
+    """Return the configs of the GPU that kernels are compiled for."""
+    if triton.knobs.runtime.interpret:
+        return _INTERPRETED
+    return _HOPPER if triton.runtime.driver.active.get_current_target().arch == 90 else _ANY_GPU
 
 
 def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int) -> int:

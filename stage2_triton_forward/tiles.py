@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IEEE = tl.constexpr("ieee")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -41,7 +42,7 @@ class SoftmaxState(NamedTuple):
 
 
 @triton.jit
-def dot(a, b, acc=None, FP32_PRECISION: tl.constexpr = tl.constexpr("ieee")):
+def dot(a, b, acc=None, FP32_PRECISION: tl.constexpr = IEEE):
     """Multiply two tiles with fp32 accumulation; fp32 inputs never fall to plain TF32."""
     if INTERPRETED:  # NumPy has no bf16; its products are exact in fp32, as on the tensor cores
         a = a.to(tl.float32)

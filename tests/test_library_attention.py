@@ -1,0 +1,175 @@
+"""`attention`: every option on both backends, as an operator that PyTorch can compile, and its refusals."""
+
+import pytest
+import torch
+from helpers import Case, assert_right, make_qkv, references
+
+from flash_attention_with_scores import attention
+
+CASE = Case(2, 4, 2, 40, 130, 24, True)
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (20, None)},
+    "list window": {"window": [30, 5]},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "padding": {"key_padding_mask": True},
+}
+BACKENDS = ["pytorch", "triton"]
+
+
+def options_of(name, device):
+    options = dict(OPTIONS[name])
+    if "sinks" in options:
+        options["sinks"] = torch.randn(4, device=device)
+    if "key_padding_mask" in options:
+        options["key_padding_mask"] = torch.rand(2, 130, device=device) > 0.3
+    return options
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(device, backend, name):
+    q, k, v = make_qkv(CASE, device=device)
+    options = options_of(name, device)
+    output, lse = attention(q, k, v, **options, return_lse=True, backend=backend)
+    oracle, naive = references(q, k, v, **options)
+    assert_right("output", output, oracle, naive, dtype=torch.float32)
+    assert_right("lse", lse, oracle, naive, dtype=torch.float32)
+    assert torch.equal(attention(q, k, v, **options, backend=backend), output)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_reproducible(device, backend):
+    q, k, v = make_qkv(CASE, device=device)
+    first, lse = attention(q, k, v, dropout_p=0.3, seed=5, return_lse=True, backend=backend)
+    again = attention(q, k, v, dropout_p=0.3, seed=5, backend=backend)
+    assert torch.equal(first, again)
+    other = attention(q, k, v, dropout_p=0.3, seed=5, backend=BACKENDS[backend == "pytorch"])
+    torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
+    _, undropped = attention(q, k, v, return_lse=True, backend=backend)
+    assert torch.equal(lse, undropped)
+
+
+def test_decoding_agrees_with_the_last_row(device):
+    q, k, v = make_qkv(CASE, device=device)
+    whole = attention(q, k, v, True, window=(50, None), backend="triton")
+    last = attention(q[:, :, -1:], k, v, True, window=(50, None), backend="triton")
+    torch.testing.assert_close(last, whole[:, :, -1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0), (1, 2, 1, 0)], ids=str)
+def test_empty_tensors(device, backend, shape):
+    batch, heads, n_q, n_k = shape
+    q, k = torch.randn(batch, heads, n_q, 16, device=device), torch.randn(batch, heads, n_k, 16, device=device)
+    output, lse = attention(q, k, k, return_lse=True, backend=backend)
+    torch.testing.assert_close(output.cpu(), torch.zeros(batch, heads, n_q, 16))
+    torch.testing.assert_close(lse.cpu(), torch.full((batch, heads, n_q), -torch.inf))
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor"])
+def test_fp8_descales(device, kind):
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in make_qkv(CASE, device=device))
+    descales = (0.5, 2.0, 3.0) if kind == "float" else tuple(torch.tensor([x], device=device) for x in (0.5, 2.0, 3.0))
+    plain, scaled = attention(q, k, v, backend="triton"), attention(q, k, v, descales=descales, backend="triton")
+    assert plain.dtype == torch.bfloat16
+    torch.testing.assert_close(scaled, 3 * plain, rtol=1e-2, atol=1e-2)
+
+
+def test_opcheck(device):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from stage2_triton_forward.ops import forward_op
+
+    q, k, v = make_qkv(Case(1, 2, 1, 5, 9, 16, True), device=device)
+    arguments = (q, k, v, True, 0.25, 0.0, 0, 3, None, None, None, None, None)
+    torch.library.opcheck(forward_op, arguments)
+
+
+def test_compiles_into_one_graph(device):
+    q, k, v = make_qkv(CASE, device=device)
+
+    def block(q, k, v):
+        return attention(q * 2, k, v, causal=True, backend="triton") + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), block(q, k, v))
+
+
+@pytest.mark.gpu
+def test_runs_in_a_cuda_graph():
+    for n_q in (1, 64):
+        q, k, v = make_qkv(Case(1, 4, 2, n_q, 4096, 64, True), torch.bfloat16, "cuda")
+        attention(q, k, v, True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = attention(q, k, v, True)
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        assert torch.equal(output, attention(q, k, v, True))
+
+
+@pytest.mark.gpu
+def test_memory_is_linear():
+    q, k, v = make_qkv(Case(1, 8, 8, 32768, 32768, 64, True), torch.bfloat16, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = attention(q, k, v, True)
+    beyond = torch.cuda.max_memory_allocated() - before - output.numel() * output.element_size()
+    assert beyond < 8 * 32768 * 4 * 2  # an lse, and as much again
+
+
+def good(**changes):
+    q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+    return {"q": q, "k": k, "v": v} | changes
+
+
+BAD = {
+    "negative window": (ValueError, "window must not be negative, got -1", good(window=-1)),
+    "negative side": (ValueError, r"window must not be negative, got \(3, -2\)", good(window=(3, -2))),
+    "window of text": (TypeError, "window must be an int", good(window="3")),
+    "window of three": (TypeError, "window must be an int", good(window=(1, 2, 3))),
+    "softcap of 0": (ValueError, "softcap must be above 0, got 0", good(softcap=0)),
+    "softcap of text": (TypeError, "softcap must be a number, got str", good(softcap="1")),
+    "sinks of integers": (TypeError, "sinks must be a floating-point tensor", good(sinks=torch.zeros(4).long())),
+    "sinks of another length": (ValueError, r"sinks must have shape \[4\], got \[2\]", good(sinks=torch.zeros(2))),
+    "mask of floats": (TypeError, "key_padding_mask must be a bool tensor", good(key_padding_mask=torch.ones(1, 12))),
+    "mask of another shape": (
+        ValueError,
+        r"key_padding_mask must have shape \[1, 12\], got \[12\]",
+        good(key_padding_mask=torch.ones(12).bool()),
+    ),
+    "mask elsewhere": (
+        ValueError,
+        "key_padding_mask must be on q's device",
+        good(key_padding_mask=torch.ones(1, 12, device="meta").bool()),
+    ),
+    "values of another length": (
+        ValueError,
+        "v must have k's batch, heads and length",
+        good(v=torch.randn(1, 2, 11, 16)),
+    ),
+    "wide values": (ValueError, "v's head dimension must be from 1 to 256", good(v=torch.randn(1, 2, 12, 257))),
+    "dropout of 1": (ValueError, r"dropout_p must be in \[0, 1\)", good(dropout_p=1.0)),
+    "dropout of NaN": (ValueError, "dropout_p must be finite", good(dropout_p=float("nan"))),
+    "integers": (TypeError, "q must be fp16, bf16, fp32 or fp64 or fp8", good(q=torch.ones(1, 4, 8, 16).int())),
+    "descales without fp8": (ValueError, "descales go with fp8 inputs only", good(descales=(1, 1, 1))),
+    "fp8 on the PyTorch backend": (
+        ValueError,
+        "backend='pytorch' takes fp16, bf16, fp32 or fp64",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()},
+    ),
+    "two descales": (
+        TypeError,
+        "descales must be three numbers",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": (1.0, 1.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    error, message, arguments = BAD[name]
+    with pytest.raises(error, match=message):
+        attention(**arguments)

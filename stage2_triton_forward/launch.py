@@ -156,7 +156,7 @@ def forward(
             tiles,
             hook_args,
             batch,
-            heads_together(k, v, n_heads, batch),
+            heads_together(k, v, n_heads, batch, mask.HAS_RIGHT.value or mask.HAS_LEFT.value),
             N_HEADS=n_heads,
             N_SPLITS=n_splits,
             HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-_L2_SHARE = 32 * 2**20  # bytes of keys and values that stay in L2 while the heads that read them take turns
+_L2_SHARE = 16 * 2**20  # bytes of keys and values that stay in L2 while the heads that read them take turns
 _SHORT = 16  # queries: up to here a call is decoding, bound by reading keys and values
 
 
@@ -39,22 +39,22 @@ _HOPPER = {
         plain=TileConfig(64, 128, 4, 2),
         guarded=TileConfig(64, 64, 4, 3),
         dropout=TileConfig(64, 32, 4, 2),
-        short=TileConfig(16, 64, 4, 3),
+        short=TileConfig(16, 128, 4, 3),
         fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
     ),
     128: Rows(
         plain=TileConfig(128, 64, 4, 2),
-        guarded=TileConfig(128, 64, 8, 2),
+        guarded=TileConfig(64, 64, 4, 3),
         dropout=TileConfig(64, 32, 4, 2),
-        short=TileConfig(16, 64, 4, 3),
-        fp32=TileConfig(64, 16, 8, 1, "tf32x3"),
+        short=TileConfig(16, 128, 4, 3),
+        fp32=TileConfig(128, 32, 8, 2, "tf32x3"),
     ),
     256: Rows(
         plain=TileConfig(128, 64, 8, 2),
         guarded=TileConfig(64, 64, 4, 2),
         dropout=TileConfig(32, 32, 4, 1),
         short=TileConfig(16, 32, 4, 3),
-        fp32=TileConfig(16, 16, 4, 1, "tf32x3"),
+        fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
     ),
 }
 _ANY_GPU = {
@@ -99,21 +99,27 @@ def _tables() -> dict[int, Rows]:
     return _HOPPER if triton.runtime.driver.active.get_current_target().arch == 90 else _ANY_GPU
 
 
-def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int) -> int:
-    """Return how many query heads to interleave, so that their keys and values fill a good part of L2."""
-    bytes_per_kv_head = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: bool) -> int:
+    """Return how many query heads to interleave.
+
+    Where rows differ in length (causal), the long ones of several heads come first, as many heads as L2 holds keys and
+    values for. Where all are alike there is nothing to balance, and one group of heads at a time reads L2 best.
+    """
     group = n_heads // k.shape[1]
+    if not rows_differ:
+        return group
+    bytes_per_kv_head = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
     return min(batch * n_heads, max(1, _L2_SHARE // max(bytes_per_kv_head, 1)) * group)
 
 
 def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
-    """Return into how many parts to cut the keys: two programs for every multiprocessor, 256 keys each at least."""
+    """Return into how many parts to cut the keys: one program for every multiprocessor, 256 keys each at least."""
     if device.type != "cuda":
         return 1
     n_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     if n_programs >= n_multiprocessors:
         return 1
-    return max(1, min(2 * n_multiprocessors // n_programs, n_k // 256, 128))
+    return max(1, min(n_multiprocessors // n_programs, n_k // 256, 128))
 
 
 def merge_warps(n_splits: int) -> int:

@@ -117,7 +117,7 @@ def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     n_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    if n_programs >= n_multiprocessors:
+    if n_programs == 0 or n_programs >= n_multiprocessors:
         return 1
     return max(1, min(n_multiprocessors // n_programs, n_k // 256, 128))
 

@@ -22,6 +22,9 @@ from course.tasks import ROOT, all_tasks, find_task, render_task
 STAGES = {re.match(r"stage(\d+)", toml.parts[-3])[1]: toml.parent for toml in ROOT.glob("stage*/exercise/tasks.toml")}
 SKELETONS = {f"{n}-{file.stem}": file for n, folder in STAGES.items() for file in sorted(folder.glob("*.py"))}
 GIVEN = {"1": {"philox"}}  # modules of a stage's reference that its exercises may import: no task lies there
+# Modules that an exercise package finds in its stage's folder, and runs as its own: they import the learner's files.
+FOUND_IN_STAGE = {"2": {"interpreter", "launch", "ops", "split_kv", "tile_config"}}
+SEARCHES_STAGE = {"from pathlib import Path", "__path__.append(str(Path(__file__).parent.parent))"}
 TASKS = all_tasks()
 PLACEHOLDER = re.compile(
     r"""\s*(?:raise NotImplementedError\(|tl\.static_assert\(False, )"Task (?P<id>\d+\.\d+): [^"]+"\)"""
@@ -89,6 +92,8 @@ def test_skeleton_is_the_reference_minus_lines(skeleton):
     for number, line in enumerate(skeleton.read_text().splitlines(), 1):
         if not line.strip() or PLACEHOLDER.fullmatch(line):
             continue
+        if skeleton.name == "__init__.py" and (line in SEARCHES_STAGE or line.startswith("#")):
+            continue
         assert line in remaining, f"{skeleton.name}:{number} is not in the reference, or not in this order"
 
 
@@ -124,6 +129,16 @@ def test_skeleton_imports_no_solution(skeleton):
                 assert own_and_given or int(match[1]) < int(number), f"line {node.lineno} imports {module}"
             else:
                 assert top not in ("flash_attention_with_scores", "course", "benchmark", "tests"), module
+
+
+@each_stage
+def test_only_given_modules_are_found_in_the_stage(number):
+    folder = STAGES[number]
+    if not SEARCHES_STAGE & {*(folder / "__init__.py").read_text().splitlines()}:
+        assert number not in FOUND_IN_STAGE
+        return
+    found = {file.stem for file in folder.parent.glob("*.py")} - {file.stem for file in folder.glob("*.py")}
+    assert found == FOUND_IN_STAGE[number], "the reference would be graded in the place of a missing exercise file"
 
 
 @as_shipped

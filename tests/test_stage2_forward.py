@@ -97,6 +97,7 @@ def test_poison_stays_in_its_head(launch, device, kernel, poison):
 def test_empty_tensors(launch, device, kernel, shape):
     batch, heads, n_q, n_k = shape
     q, k = torch.randn(batch, heads, n_q, 16, device=device), torch.randn(batch, heads, n_k, 16, device=device)
+    check(getattr(launch, kernel), *make_qkv(CASES[0], device=device))  # and one that is not empty
     output, lse = getattr(launch, kernel)(q, k, k)
     torch.testing.assert_close(output.cpu(), torch.zeros(batch, heads, n_q, 16))
     torch.testing.assert_close(lse.cpu(), torch.full((batch, heads, n_q), -math.inf))

@@ -1,0 +1,164 @@
+"""The one forward loop: a program owns a tile of queries and walks the keys. Variants are hooks and constexprs."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    SoftmaxState,
+    dot,
+    drop_tile,
+    load_tile,
+    online_softmax_step,
+    store_tile,
+    tanh,
+    visible_keys,
+    visible_tile,
+)
+
+
+class Logits(NamedTuple):
+    """How q·kᵀ becomes logits: scaled, then softcapped. `scale` is positive; capitals are constexpr."""
+
+    scale: float
+    softcap: float
+    SIGN: tl.constexpr  # of the scale: 1, -1 or 0
+    HAS_SOFTCAP: tl.constexpr
+    FP32_PRECISION: tl.constexpr  # of tl.dot
+
+
+class Tiles(NamedTuple):
+    """Sizes known at compile time."""
+
+    GROUP: tl.constexpr  # query heads to a key head
+    BLOCK_M: tl.constexpr
+    BLOCK_N: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_DV: tl.constexpr
+
+
+@triton.jit
+def ignore_logits(hook_args, logits, visible, q_idx, k_idx, batch_head):
+    """The hook of plain attention: the compiler removes it."""
+
+
+@triton.jit
+def forward_kernel(
+    q_desc,  # [B, Hq, M, D]
+    k_desc,  # [B, Hk, N, D]
+    v_desc,  # [B, Hk, N, Dv]
+    out_desc,  # [splits·B, Hq, M, Dv]
+    lse_ptr,  # [splits·B, Hq, M]
+    sinks_ptr,  # [Hq]
+    descale_ptr,  # [2]: factors on q·kᵀ and on v, for fp8
+    mask,
+    to_logits,
+    dropout,
+    tiles,
+    hook_args,
+    n_batches,
+    heads_together,
+    N_HEADS: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_DESCALE: tl.constexpr,
+    COMPUTE_OUTPUT: tl.constexpr,
+    ON_LOGITS: tl.constexpr,
+):
+    """Attention of one query tile, with `ON_LOGITS(hook_args, logits, visible, q_idx, k_idx, batch_head)` at each tile.
+
+    Grid: (query tiles of all heads, splits of the keys). Heads come `heads_together` at a time, so that their keys and
+    values stay in L2; among those, the longest causal rows of every head come first, so that no long row starts last.
+    Source: FlashAttention-2 (Dao 2023), Algorithm 1.
+    """
+    BLOCK_M: tl.constexpr = tiles.BLOCK_M
+    BLOCK_DV: tl.constexpr = tiles.BLOCK_DV
+    tl.static_assert(False, "Task 2.7: step 1: this program's head and query tile, the longest rows first")
+
+    begin, whole_begin, whole_stop, stop = visible_keys(mask, q_start, BLOCK_M, tiles.BLOCK_N)
+    if N_SPLITS > 1:
+        tl.static_assert(False, "Task 2.10: which keys are this split's; cut the four positions to them")
+
+    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
+    if to_logits.SIGN != 1:
+        q_tile = (q_tile.to(tl.float32) * to_logits.SIGN).to(q_tile.dtype)
+    scale = to_logits.scale
+    if HAS_DESCALE:
+        scale = scale * tl.load(descale_ptr)
+    q_idx = q_start + tl.arange(0, BLOCK_M)
+    state = SoftmaxState(
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+    )
+    if mask.HAS_LEFT:  # where the window begins
+        state = attend_keys(
+            state, begin, tl.minimum(whole_begin, stop), True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        )  # fmt: skip
+    state = attend_keys(
+        state, whole_begin, whole_stop, False,
+        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+        batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+    )  # fmt: skip
+    if HAS_TAIL:  # the diagonal, and keys that do not fill a tile
+        state = attend_keys(
+            state, whole_stop, stop, True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        )  # fmt: skip
+
+    if COMPUTE_OUTPUT:
+        tl.static_assert(False, "Task 2.7: step 2: the output's factor, and the lse in base 2")
+        if HAS_SINKS:
+            factor, lse_log2 = add_sink(factor, lse_log2, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
+        if HAS_DESCALE:
+            factor *= tl.load(descale_ptr + 1)
+        out_batch = batch
+        if N_SPLITS > 1:
+            out_batch = tl.program_id(1) * n_batches + batch
+        store_tile(
+            out_desc, state.acc * factor[:, None], out_batch, head, q_start, BLOCK_M, BLOCK_DV
+        )  # O = diag(l)⁻¹·O
+        lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * mask.n_q
+        tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < mask.n_q)
+
+
+@triton.jit
+def attend_keys(
+    state, begin, stop, MASKED: tl.constexpr,
+    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
+    batch, head, batch_head, q_idx, COMPUTE_OUTPUT: tl.constexpr, ON_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
+    BLOCK_N: tl.constexpr = tiles.BLOCK_N
+    for k_start in tl.range(begin, stop, BLOCK_N, disable_licm=MASKED):
+        k_start = tl.multiple_of(k_start, BLOCK_N)
+        k_idx = k_start + tl.arange(0, BLOCK_N)
+        tl.static_assert(False, "Task 2.6: step 1: the key head, a tile of its keys, and the logits, not scaled yet")
+        visible = visible_tile(mask, batch, q_idx, k_idx)
+        in_rows = (q_idx < mask.n_q)[:, None]
+        ON_LOGITS(hook_args, logits * scale, visible & in_rows, q_idx, k_idx, batch_head)
+        if COMPUTE_OUTPUT:
+            factor = scale
+            if to_logits.HAS_SOFTCAP:
+                logits = tanh(logits * (scale / to_logits.softcap))
+                factor = to_logits.softcap
+            tl.static_assert(False, "Task 2.6: step 2: mask where needed, then the softmax step")
+            if dropout.ENABLED:
+                weights = drop_tile(dropout, weights, batch_head, q_idx, k_idx)
+            tl.static_assert(False, "Task 2.6: step 3: a tile of v, and below, weights times v joins the output")
+            if v_tile.dtype.primitive_bitwidth == 8:  # fp8 weights would lose what the logits gained
+                v_tile = v_tile.to(tl.bfloat16)
+    return state
+
+
+@triton.jit
+def add_sink(factor, lse_log2, sink_log2):
+    """Enlarge the denominator of rows that saw a key by one extra logit; return the output's factor and the lse."""
+    tl.static_assert(False, "Task 2.8: the sink joins the denominator; empty rows stay as they are")

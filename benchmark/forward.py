@@ -5,6 +5,7 @@ from rich.progress import track
 
 from benchmark.cases import FORWARD_SHAPES, forward_peers
 from benchmark.measure import is_right, median_ms, side_by_side, spread
+from stage1_pytorch_tiled.dense import naive_attention
 from stage2_triton_forward.launch import forward
 from stage2_triton_forward.split_kv import attention_forward
 
@@ -54,4 +55,32 @@ def decode_rows(dtype: torch.dtype = torch.bfloat16, layers: int = 8, caches: in
         rows.append(
             {"n": n, "right": right, **spread(times), "GB/s": rate, "copy GB/s": copy_rate, "share": rate / copy_rate}
         )
+    return rows
+
+
+def fp8_rows(n: int = 2048, head_dim: int = 128) -> list[dict]:
+    """Measure the error of fp8 inputs, relative to the output's root mean square, against float64.
+
+    `kernel_error` is against float64 on the quantised inputs: what the kernel itself loses. `quantisation_error` is
+    what rounding the inputs to fp8 had cost before: float64 on the quantised against float64 on the given inputs.
+    """
+    rows = []
+    exact = [torch.randn(1, 4, n, head_dim, dtype=torch.float64, device="cuda") for _ in range(3)]
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        q, k, v = (x.to(dtype) for x in exact)
+        for causal in (False, True):
+            output, _ = attention_forward(q, k, v, causal)
+            quantised = naive_attention(q.double(), k.double(), v.double(), causal).output
+            unquantised = naive_attention(*exact, causal).output
+            size = unquantised.square().mean().sqrt()
+            rows.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch.float8_"),
+                    "causal": causal,
+                    "n": n,
+                    "head_dim": head_dim,
+                    "kernel_error": ((output - quantised).square().mean().sqrt() / size).item(),
+                    "quantisation_error": ((quantised - unquantised).square().mean().sqrt() / size).item(),
+                }
+            )
     return rows

@@ -58,6 +58,18 @@ def decode(out: Out = RESULTS) -> None:
 
 
 @app.command()
+def fp8(out: Out = RESULTS) -> None:
+    """Measure the error of fp8 inputs against float64."""
+    need_gpu()
+    from benchmark.forward import fp8_rows
+    from benchmark.measure import save
+
+    rows = fp8_rows()
+    save("fp8", rows, out)
+    show(rows, ["dtype", "causal", "kernel_error", "quantisation_error"], Console(width=120))
+
+
+@app.command()
 def search(out: Out = RESULTS) -> None:
     """Search for the forward loop's tile sizes, for `tile_config.py`."""
     need_gpu()

@@ -35,6 +35,8 @@ def implementations(triton_mode: str) -> Iterator[Implementation]:
         return
     backend = f"Triton {triton_mode}"
     yield Implementation("simple kernel", "2", backend, _simple_kernel)
+    yield Implementation("attention", "2", backend, _attention)
+    yield Implementation("attention, split keys", "2", backend, _split_keys)
     yield Implementation("attention_with_scores", "3", backend, _with_scores)
     yield Implementation("compute_attention_scores", "3", backend, _scores_alone)
 
@@ -65,6 +67,20 @@ def _simple_kernel(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
     from stage2_triton_forward.launch import simple_forward
 
     output, lse = simple_forward(q, k, v, causal=True)
+    return {"output": output, "lse": lse}
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from flash_attention_with_scores import attention
+
+    output, lse = attention(q, k, v, causal=True, return_lse=True, backend="triton")
+    return {"output": output, "lse": lse}
+
+
+def _split_keys(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from stage2_triton_forward.split_kv import attention_forward
+
+    output, lse = attention_forward(q, k, v, causal=True, n_splits=3)
     return {"output": output, "lse": lse}
 
 

@@ -37,6 +37,7 @@ BLOCKING = "test_stage1_online_softmax.py::test_any_blocking_gives_the_softmax"
 TILED = "test_stage1_tiled_forward.py::"
 SUMS = "test_stage1_scores_and_sums.py::"
 FORWARD = "test_stage2_forward.py::"
+FEATURES = "test_stage2_features.py::"
 SCORES = "test_stage3_scores.py::"
 SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
 LOOP = "stage1_pytorch_tiled/tiled_forward.py"
@@ -219,26 +220,82 @@ MISTAKES = [
     Mistake(
         "kernel_masks_from_the_top_left",
         TILES,
-        "visible & (k_idx[None, :] <= q_idx[:, None] + n_k - n_q)",
-        "visible & (k_idx[None, :] <= q_idx[:, None])",
+        "position = q_idx[:, None] + (mask.n_k - mask.n_q)",
+        "position = q_idx[:, None]",
         FORWARD + "test_matches_oracle[b1-h6k2-m33n129-d24-causal-forward]",
         "With a cache (M < N) the last query sees the last key: the mask hangs in the bottom-right corner.",
     ),
     Mistake(
         "kernel_sum_not_rescaled",
         TILES,
-        "row_sum * rescale + tl.sum(weights, 1)",
-        "row_sum + tl.sum(weights, 1)",
+        "row_sum = state.row_sum * rescale + tl.sum(weights, 1)",
+        "row_sum = state.row_sum + tl.sum(weights, 1)",
         FORWARD + "test_magnitudes[300.0-forward]",
         "When the max grows, everything summed so far is relative to the old max and must be rescaled.",
     ),
     Mistake(
         "kernel_lse_in_base_two",
         KERNEL,
-        "lse = (row_max + tl.log2(normaliser)) * LN_2",
-        "lse = row_max + tl.log2(normaliser)",
+        "lse_log2 * LN_2, mask",
+        "lse_log2, mask",
         FORWARD + "test_matches_oracle[b1-h2k2-m64n64-d64-full-forward]",
         "The loop works in base 2; what it returns is the natural logarithm.",
+    ),
+    Mistake(
+        "kernel_window_off_by_one",
+        TILES,
+        "k_idx[None, :] >= position - mask.left",
+        "k_idx[None, :] > position - mask.left",
+        FEATURES + "test_features[1-diagonal-self]",
+        "A window of w sees w keys behind the query, not w - 1.",
+    ),
+    Mistake(
+        "kernel_skips_the_edge_of_the_window",
+        KERNEL,
+        "    if mask.HAS_LEFT:  # where the window begins",
+        "    if False:",
+        FEATURES + "test_features[1-window-self]",
+        "Tiles that the window's edge crosses are visited too, with a mask.",
+    ),
+    Mistake(
+        "kernel_drops_the_tail",
+        "stage2_triton_forward/launch.py",
+        "HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,",
+        "HAS_TAIL=mask.HAS_RIGHT.value,",
+        FORWARD + "test_matches_oracle[b2-h3k3-m50n77-d7-full-forward]",
+        "Keys that do not fill a tile still count.",
+    ),
+    Mistake(
+        "kernel_ignores_padding",
+        KERNEL,
+        "if MASKED or mask.HAS_PADDING:",
+        "if MASKED:",
+        FEATURES + "test_features[1-padding-self]",
+        "A padded key may lie anywhere, so that no tile is whole.",
+    ),
+    Mistake(
+        "kernel_groups_heads_the_wrong_way",
+        KERNEL,
+        "kv_head = head // tiles.GROUP",
+        "kv_head = head % tiles.GROUP",
+        FEATURES + "test_features[1-full-self]",
+        "Query heads 0 … G-1 share key head 0: head // G.",
+    ),
+    Mistake(
+        "kernel_keeps_without_scaling",
+        TILES,
+        "return tl.where(keep, weights * dropout.keep_scale, 0.0)",
+        "return tl.where(keep, weights, 0.0)",
+        FORWARD + "test_dropout_is_the_philox_of_stage_one",
+        "Kept weights are scaled by 1 / (1 - p).",
+    ),
+    Mistake(
+        "merge_in_the_wrong_base",
+        "stage2_triton_forward/merge_kernel.py",
+        "part_sums = tl.exp2((part_lse - shift) * LOG2_E)",
+        "part_sums = tl.exp2(part_lse - shift)",
+        FEATURES + "test_features[3-full-few queries]",
+        "Parts are weighted by e^lse: the lse is a natural logarithm, and exp2 wants base 2.",
     ),
     Mistake(
         "masked_scores_stored",

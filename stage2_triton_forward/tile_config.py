@@ -62,6 +62,9 @@ _ANY_GPU = {
     128: Rows(*[TileConfig(128, 32, 8, 2)] * 2, TileConfig(64, 16, 4, 2), *[TileConfig(16, 32, 4, 2)] * 2),
     256: Rows(*[TileConfig(64, 16, 4, 2)] * 3, TileConfig(16, 16, 4, 2), TileConfig(16, 16, 4, 1)),
 }
+_TURING = {
+    width: Rows(*[TileConfig(*tiles, 4, 1)] * 5) for width, tiles in ((64, (64, 32)), (128, (32, 32)), (256, (16, 16)))
+}
 _INTERPRETED = {width: Rows(*[TileConfig(64, 64, 4, 2)] * 3, *[TileConfig(16, 64, 4, 2)] * 2) for width in _HOPPER}
 
 
@@ -96,7 +99,8 @@ def _tables() -> dict[int, Rows]:
     """Return the configs of the GPU that kernels are compiled for."""
     if triton.knobs.runtime.interpret:
         return _INTERPRETED
-    return _HOPPER if triton.runtime.driver.active.get_current_target().arch == 90 else _ANY_GPU
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return _HOPPER if arch == 90 else _TURING if arch < 80 else _ANY_GPU
 
 
 def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: bool) -> int:

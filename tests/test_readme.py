@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmark import render
 from course.model import report
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +26,28 @@ def test_figures_are_those_of_the_training_report():
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "stage1_pytorch_tiled/README.md", "course/text/README.md"], ids=["front", "lesson 1", "texts"]
+    "file",
+    ["README.md", "stage1_pytorch_tiled/README.md", "stage2_triton_forward/README.md", "course/text/README.md"],
+    ids=["front", "lesson 1", "lesson 2", "texts"],
 )
 def test_links_lead_somewhere(file):
     page = ROOT / file
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
     assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", render.PAGES, ids=lambda page: page.parent.name.split("_")[-1])
+def test_tables_are_those_of_the_recorded_results(page):
+    text = page.read_text()
+    assert render.render(text) == text, "run python -m benchmark.render"
+
+
+def test_recorded_results_name_their_origin_and_are_right():
+    for file in render.RESULTS.glob("*.json"):
+        recorded = render.load(file.stem)
+        assert set(recorded["provenance"]) == {"device", "torch", "triton", "transformers", "commit", "date"}
+        assert re.fullmatch(r"[0-9a-f]{40}", recorded["provenance"]["commit"])
+        assert all(row.get("right", True) for row in recorded["rows"]), f"{file.name} holds a wrong answer"
 
 
 def test_library_example_runs(tmp_path, monkeypatch):

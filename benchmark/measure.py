@@ -12,8 +12,6 @@ from course.grader import compare
 from course.provenance import provenance
 from stage1_pytorch_tiled.dense import naive_attention
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def median_ms(call: Callable[[], object], warmup_ms: int = 25, rep_ms: int = 100) -> float:
     """Return the median time of a call in milliseconds, with the L2 cache cleared before each."""

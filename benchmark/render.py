@@ -7,9 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from benchmark.measure import RESULTS
-
 ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 PAGES = [ROOT / "README.md", ROOT / "stage2_triton_forward" / "README.md"]
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PEERS = ("cuDNN", "SDPA-FA2", "FlexAttention")

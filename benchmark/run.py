@@ -33,16 +33,21 @@ def show(rows: list[dict], columns: list[str], console: Console) -> None:
     console.print(table)
 
 
+def record(name: str, rows: list[dict], columns: list[str], out: Path) -> None:
+    """Save rows as `out`/`name`.json and print some of their columns."""
+    from benchmark.measure import save
+
+    save(name, rows, out)
+    show(rows, columns, Console(width=120))
+
+
 @app.command()
 def forward(out: Out = RESULTS) -> None:
     """Time the forward pass beside cuDNN, FlashAttention-2 and FlexAttention, in TFLOP/s."""
     need_gpu()
     from benchmark.forward import forward_rows
-    from benchmark.measure import save
 
-    rows = forward_rows()
-    save("forward", rows, out)
-    show(rows, ["shape", "ours", "cuDNN", "SDPA-FA2", "FlexAttention", "right"], Console(width=120))
+    record("forward", forward_rows(), ["shape", "ours", "cuDNN", "SDPA-FA2", "FlexAttention", "right"], out)
 
 
 @app.command()
@@ -50,11 +55,8 @@ def decode(out: Out = RESULTS) -> None:
     """Time one query against long caches, in GB/s and as a share of the machine's copy rate."""
     need_gpu()
     from benchmark.forward import decode_rows
-    from benchmark.measure import save
 
-    rows = decode_rows()
-    save("decode", rows, out)
-    show(rows, ["n", "ms", "GB/s", "copy GB/s", "share", "right"], Console(width=120))
+    record("decode", decode_rows(), ["n", "ms", "GB/s", "copy GB/s", "share", "right"], out)
 
 
 @app.command()
@@ -62,28 +64,17 @@ def fp8(out: Out = RESULTS) -> None:
     """Measure the error of fp8 inputs against float64."""
     need_gpu()
     from benchmark.forward import fp8_rows
-    from benchmark.measure import save
 
-    rows = fp8_rows()
-    save("fp8", rows, out)
-    show(rows, ["dtype", "causal", "kernel_error", "quantisation_error"], Console(width=120))
+    record("fp8", fp8_rows(), ["dtype", "causal", "kernel_error", "quantisation_error"], out)
 
 
 @app.command()
 def search(out: Out = RESULTS) -> None:
-    """Search for the forward loop's tile sizes, for `tile_config.py`."""
+    """Search for the forward loop's tile sizes, for `tile_config.py`; rows come best first for each shape."""
     need_gpu()
-    from benchmark.measure import save
     from benchmark.search import search as find
 
-    rows = find()
-    save("search", rows, out)
-    best, console = {}, Console(width=120)
-    for row in rows:
-        best.setdefault(row["shape"], []).append(row)
-    show(
-        [r for some in best.values() for r in some[:4]], ["shape", "config", "tflops", "stack_bytes", "right"], console
-    )
+    record("search", find(), ["shape", "config", "tflops", "registers", "stack_bytes", "right"], out)
 
 
 if __name__ == "__main__":

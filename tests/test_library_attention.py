@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import Case, assert_right, make_qkv, references
 
+from course.largest_tensor import LargestTensor
 from flash_attention_with_scores import attention
 
 CASE = Case(2, 4, 2, 40, 130, 24, True)
@@ -57,6 +58,13 @@ def test_decoding_agrees_with_the_last_row(device):
     whole = attention(q, k, v, True, window=(50, None), backend="triton")
     last = attention(q[:, :, -1:], k, v, True, window=(50, None), backend="triton")
     torch.testing.assert_close(last, whole[:, :, -1:], rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_backend_never_makes_the_matrix():
+    q, k, v = make_qkv(Case(1, 2, 1, 4096, 4096, 32, True))
+    with LargestTensor() as largest:
+        attention(q, k, v, True, window=1000, backend="pytorch")
+    assert largest.bytes <= q.element_size() * q.numel()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

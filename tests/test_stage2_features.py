@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import HALF, Case, assert_right, make_qkv, references
 
+from course.largest_tensor import LargestTensor
 from stage1_pytorch_tiled.philox import keep_mask
 
 SHAPES = {
@@ -77,6 +78,34 @@ def test_values_of_another_width(attention_forward, device, width):
     v = torch.randn(*k.shape[:3], width, device=device)
     check(attention_forward, q, k, v, causal=True)
     check(attention_forward, q[:, :, :1], k, v, causal=True, n_splits=2)
+
+
+def test_weights_of_a_row_add_up_to_one(attention_forward, device):
+    q, k, _ = make_qkv(SHAPES["M > N"], device=device)
+    output, lse = attention_forward(q, k, torch.ones_like(k), causal=True, window=30)
+    sees = torch.isfinite(lse)[..., None].expand_as(output).float()
+    assert 0 < sees.mean() < 1
+    torch.testing.assert_close(output, sees)
+
+
+def test_order_of_the_keys_does_not_matter(attention_forward, device):
+    q, k, v = make_qkv(SHAPES["self"], device=device)
+    order = torch.randperm(k.shape[2], device=device)
+    for n_splits in (1, 4):
+        output, lse = attention_forward(q, k, v, n_splits=n_splits)
+        permuted, same_lse = attention_forward(q, k[:, :, order], v[:, :, order], n_splits=n_splits)
+        torch.testing.assert_close(permuted, output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(same_lse, lse, rtol=1e-5, atol=1e-5)
+
+
+def test_never_makes_the_matrix(attention_forward, device):
+    q, k, v = make_qkv(Case(1, 2, 1, 700, 700, 16, True), device=device)
+    for options in ({}, {"window": 50}, {"n_splits": 2}):
+        with LargestTensor() as largest:
+            attention_forward(q, k, v, causal=True, **options)
+        assert largest.bytes <= 4 * 2 * q.numel(), (
+            f"{options}: {largest.bytes} bytes were allocated"
+        )  # splits: 2 outputs
 
 
 def test_many_splits_of_few_keys(attention_forward, device):

@@ -43,7 +43,7 @@ def attention(
         softcap: logits become softcap·tanh(logits / softcap); > 0.
         sinks: [Hq] floating, one extra logit per head that takes part in the denominator only.
         key_padding_mask: [B, N] bool, True for a real key.
-        descales: for fp8, what q, k and v are to be multiplied by, each a number or a tensor of one element.
+        descales: for fp8, what q, k and v are to be multiplied by, each above 0, a number or a tensor of one element.
         seed: key of dropout's random bits; None draws one from torch's generator. Same seed, same output.
         return_lse: also return the log-sum-exp.
         backend: "triton" (the default for CUDA tensors; on CPU tensors it needs Triton's interpreter) or "pytorch".

@@ -61,6 +61,8 @@ def check_features(q, k, window, softcap, sinks, key_padding_mask, descales) -> 
                     raise ValueError(f"descales: {name}'s must have one element, got shape {list(x.shape)}")
             else:
                 _check_number(f"descales: {name}'s", x)
+                if x <= 0:
+                    raise ValueError(f"descales: {name}'s must be above 0, got {x}")
 
 
 def check_window(window) -> None:

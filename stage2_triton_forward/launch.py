@@ -180,11 +180,12 @@ def key_mask(
     if causal:
         right = 0 if right is None else min(right, 0)
     padded = key_padding_mask is not None
+    farthest = n_q + n_k  # no key lies farther from a query; a larger bound could overflow 32 bits
     return Mask(
         n_q,
         n_k,
-        left or 0,
-        right or 0,
+        min(left or 0, farthest),
+        min(right or 0, farthest),
         key_padding_mask.to(torch.uint8).contiguous() if padded else placeholder,
         *map(tl.constexpr, (left is not None, right is not None, padded)),
     )

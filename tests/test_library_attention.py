@@ -13,6 +13,8 @@ OPTIONS = {
     "causal": {"causal": True},
     "window": {"causal": True, "window": (20, None)},
     "list window": {"window": [30, 5]},
+    "window beyond everything": {"causal": True, "window": (2**31 - 1, None)},
+    "window beyond 32 bits": {"window": 2**40},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": True},
     "padding": {"key_padding_mask": True},
@@ -167,6 +169,11 @@ BAD = {
         ValueError,
         "backend='pytorch' takes fp16, bf16, fp32 or fp64",
         {name: x.to(torch.float8_e4m3fn) for name, x in good().items()},
+    ),
+    "a negative descale": (
+        ValueError,
+        "descales: k's must be above 0, got -1.0",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": (1.0, -1.0, 1.0)},
     ),
     "two descales": (
         TypeError,

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers import HALF, Case, assert_right, make_qkv, references
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from course.largest_tensor import LargestTensor
 from stage1_pytorch_tiled.philox import keep_mask
@@ -140,6 +142,23 @@ def test_fp8(attention_forward, device, case, dtype):
     allowed = 4 * torch.finfo(torch.bfloat16).eps * wide[2].abs().max().item()
     assert (output.double() - 1.3 * oracle.output).abs().max() < allowed
     torch.testing.assert_close(lse.double(), oracle.lse, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None, database=None)
+@given(
+    batch=st.integers(1, 2),
+    group=st.sampled_from([1, 3]),
+    n_q=st.integers(1, 140),
+    n_k=st.integers(1, 140),
+    head_dim=st.sampled_from([3, 16, 20]),
+    causal=st.booleans(),
+    left=st.none() | st.integers(0, 150),
+    right=st.none() | st.integers(0, 150),
+)
+def test_any_shape(request, batch, group, n_q, n_k, head_dim, causal, left, right):
+    attention_forward, device = request.getfixturevalue("attention_forward"), request.getfixturevalue("device")
+    case = Case(batch, 2 * group, 2, n_q, n_k, head_dim, causal)
+    check(attention_forward, *make_qkv(case, device=device), causal=causal, window=(left, right))
 
 
 @pytest.mark.gpu

@@ -10,21 +10,13 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmark.cases import Shape
+from benchmark.cases import FORWARD_SHAPES
 from benchmark.measure import is_right, median_ms
 from stage2_triton_forward import launch
 from stage2_triton_forward.tile_config import TileConfig
 
 ROOT = Path(__file__).parent.parent
-SHAPES = [
-    Shape(2, 32, 32, 4096, 128, True),
-    Shape(1, 32, 32, 16384, 128, True),
-    Shape(1, 32, 8, 8192, 128, True),
-    Shape(2, 32, 32, 4096, 128, False),
-    Shape(1, 32, 32, 16384, 128, False),
-    Shape(4, 32, 32, 4096, 64, True),
-    Shape(4, 32, 32, 4096, 64, False),
-]
+SHAPES = [shape for shape in FORWARD_SHAPES if shape.n >= 4096]
 TILES = {
     64: [(64, 64), (64, 128), (128, 64), (128, 128)],
     128: [(64, 64), (64, 128), (128, 32), (128, 64), (128, 128)],

@@ -2,7 +2,8 @@
 
 import pytest
 
-from course.mistakes import MISTAKES, outcomes
+from course.mistakes import MISTAKES
+from course.mutants import outcomes
 
 PACKAGES = sorted({mistake.file.split("/")[0] for mistake in MISTAKES})
 

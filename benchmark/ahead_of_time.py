@@ -22,19 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmark.cases import SHARED_MEMORY_LIMIT
 from stage2_triton_forward import launch as stage2
 from stage2_triton_forward.split_kv import attention_forward
 from stage2_triton_forward.tile_config import TileConfig
 from stage3_scores_and_sums import launch as stage3
 
-# What one thread block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
-SHARED_MEMORY_LIMIT = {
-    75: 64 * 1024,
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -8,6 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# What one thread block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_MEMORY_LIMIT = {
+    75: 64 * 1024,
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+}
+
 
 class Shape(NamedTuple):
     """One attention problem with M = N."""

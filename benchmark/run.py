@@ -7,11 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmark.render import RESULTS
 from stage2_triton_forward.interpreter import use_interpreter_without_gpu
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 Out = Annotated[Path, typer.Option(help="Folder for the result.")]
-RESULTS = Path(__file__).parent / "results"
 
 
 def need_gpu() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmark.cases import FORWARD_SHAPES
+from benchmark.cases import FORWARD_SHAPES, SHARED_MEMORY_LIMIT
 from benchmark.measure import is_right, median_ms
 from stage2_triton_forward import launch
 from stage2_triton_forward.tile_config import TileConfig
@@ -54,7 +54,7 @@ def compile_all(configs: list[TileConfig], head_dim: int, causal: bool, dtype: t
     return {TileConfig(*row["config"]): row["resources"] for row in results}
 
 
-def search(dtype: torch.dtype = torch.bfloat16, shared_limit: int = 227 * 1024) -> list[dict]:
+def search(dtype: torch.dtype = torch.bfloat16, shared_limit: int = SHARED_MEMORY_LIMIT[90]) -> list[dict]:
     """Time every candidate that compiles, fits and does not spill much, on every shape; return the rows, best first."""
     rows = []
     choose = launch.forward_config

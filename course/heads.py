@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from course.model import QKV, capture_qkv
+from stage1_pytorch_tiled.dense import naive_attention
 
 SEGMENT_LENGTHS = range(64, 129, 16)
 PRINTABLE = range(32, 127)
@@ -28,13 +29,9 @@ def attention_weights(qkv: QKV) -> Tensor:
         qkv: q [B, Hq, N, D] and k [B, Hk, N, D], as `capture_qkv` returns them.
 
     Returns:
-        [B, Hq, N, N] in q's dtype; every row adds up to one.
+        [B, Hq, N, N] fp32 (fp64 for fp64 inputs); every row adds up to one.
     """
-    q, k, _ = qkv
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, Hq, N, D]
-    logits = q @ k.mT / q.shape[-1] ** 0.5  # [B, Hq, N, N]
-    visible = torch.ones_like(logits[0, 0], dtype=torch.bool).tril()  # [N, N]
-    return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    return naive_attention(*qkv, causal=True).weights
 
 
 def repeated_sequences(per_length: int = 8, seed: int = 0) -> list[Tensor]:

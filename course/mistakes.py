@@ -19,7 +19,6 @@ class Mistake(NamedTuple):
 
 
 STEP = "test_stage1_online_softmax.py::test_step_equals_merge_with_a_block"
-BLOCKING = "test_stage1_online_softmax.py::test_any_blocking_gives_the_softmax"
 TILED = "test_stage1_tiled_forward.py::"
 SUMS = "test_stage1_scores_and_sums.py::"
 FORWARD = "test_stage2_forward.py::"

@@ -1,12 +1,10 @@
 """The public functions: check the input, choose a backend, delegate."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from stage1_pytorch_tiled.hooks import StoreScores
-from stage1_pytorch_tiled.tiled_forward import TileGrid, Window, blocks, tiled_attention
+from stage1_pytorch_tiled.tiled_forward import TileGrid, Window, blocks, tiled_attention, window_sides
 
 from .validation import check_attention, check_backend, check_features, check_qk
 
@@ -69,8 +67,8 @@ def attention(
     else:
         from stage2_triton_forward.ops import forward_op
 
-        left, right = (window, window) if window is None or isinstance(window, int) else window
-        scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
+        left, right = window_sides(window)
+        scale = None if sm_scale is None else float(sm_scale)
         descale = None if descales is None else _fold_descales(descales, q.device)
         output, lse = forward_op(
             q, k, v, causal, scale, float(dropout_p), seed, left, right, softcap, sinks, key_padding_mask, descale

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stage1_pytorch_tiled.philox import drop_threshold
-from stage1_pytorch_tiled.tiled_forward import Window
+from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
 from .forward_kernel import Logits, Tiles, forward_kernel, ignore_logits
 from .simple_kernel import simple_forward_kernel
@@ -18,7 +18,6 @@ from .tile_config import forward_config, heads_together, simple_config
 from .tiles import Dropout, Mask
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
-_OUTPUT_DTYPE = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
 
 
 def simple_forward(
@@ -118,7 +117,7 @@ def forward(
     batch, n_heads, n_q, head_dim = q.shape
     n_kv_heads, n_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     splits = (n_splits,) if n_splits > 1 else ()
-    out_dtype = torch.float32 if splits else _OUTPUT_DTYPE.get(q.dtype, q.dtype)
+    out_dtype = torch.float32 if splits else output_dtype(q)
     output = torch.empty(*splits, batch, n_heads, n_q, head_dim_v, dtype=out_dtype, device=q.device)
     lse = torch.empty(*splits, batch, n_heads, n_q, dtype=torch.float32, device=q.device)
     if output.numel() == 0 or n_k == 0:
@@ -176,7 +175,7 @@ def key_mask(
     n_q: int, n_k: int, causal: bool, window: Window, key_padding_mask: Tensor | None, placeholder: Tensor
 ) -> Mask:
     """Describe who sees whom for the kernels; `placeholder` is any tensor, for a pointer that is never read."""
-    left, right = (window, window) if window is None or isinstance(window, int) else window
+    left, right = window_sides(window)
     if causal:
         right = 0 if right is None else min(right, 0)
     padded = key_padding_mask is not None
@@ -220,6 +219,11 @@ def _free_stride(x: Tensor) -> int:
 def padded_head_dim(head_dim: int, dtype: torch.dtype = torch.float32) -> int:
     """Return the tile width for a head dimension: a power of two that tl.dot accepts (from 32 on for fp8)."""
     return max(32 if dtype.itemsize == 1 else 16, triton.next_power_of_2(head_dim))
+
+
+def output_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of q's attention: its own, bf16 for fp8."""
+    return torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
 
 
 def default_scale(q: Tensor, sm_scale: float | None) -> float:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .launch import output_dtype
 from .split_kv import attention_forward
 
 
@@ -12,7 +13,7 @@ def forward_op(
     k: Tensor,
     v: Tensor,
     causal: bool,
-    sm_scale: float,
+    sm_scale: float | None,
     dropout_p: float,
     seed: int,
     window_left: int | None,
@@ -43,5 +44,4 @@ def forward_op(
 def _forward_shapes(
     q, k, v, causal, sm_scale, dropout_p, seed, window_left, window_right, softcap, sinks, key_padding_mask, descale
 ):
-    dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
-    return q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3], dtype=output_dtype(q)), q.new_empty(q.shape[:3], dtype=torch.float32)

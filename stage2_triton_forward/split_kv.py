@@ -4,7 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import device_of, forward, padded_head_dim
+from stage1_pytorch_tiled.tiled_forward import window_sides
+
+from .launch import device_of, forward, output_dtype, padded_head_dim
 from .merge_kernel import merge_kernel
 from .tile_config import merge_warps, split_count
 
@@ -51,7 +53,7 @@ def _attend_one_query(q, k, v, causal, sm_scale, n_splits, *, window=None, sinks
     """
     batch, n_heads, _, head_dim = q.shape
     n_kv_heads, n_k = k.shape[1], k.shape[2]
-    left = window[0] if isinstance(window, tuple) else window
+    left, _ = window_sides(window)
     start = 0 if left is None else max(0, n_k - 1 - left)
     k, v = k[:, :, start:], v[:, :, start:]
     if options.get("key_padding_mask") is not None:
@@ -80,8 +82,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, sinks: Tensor | None, like: Te
         output [B, Hq, M, Dv] and lse [B, Hq, M].
     """
     n_splits, batch, n_heads, n_q, head_dim_v = parts.shape
-    dtype = torch.bfloat16 if like.dtype.itemsize == 1 else like.dtype
-    output = torch.empty(batch, n_heads, n_q, head_dim_v, dtype=dtype, device=parts.device)
+    output = torch.empty(batch, n_heads, n_q, head_dim_v, dtype=output_dtype(like), device=parts.device)
     lse = torch.empty(batch, n_heads, n_q, dtype=torch.float32, device=parts.device)
     with device_of(parts):
         merge_kernel[(lse.numel(),)](

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.cases import SHARED_MEMORY_LIMIT
+
 ROOT = Path(__file__).parent.parent
 VARIANTS = {"forward", "window", "softcap", "sinks", "padding", "dropout", "split"}
 KERNELS = VARIANTS | {"decode", "simple", "with_scores", "scores_alone"}
-SHARED_MEMORY_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 def compiled(arch, only):

@@ -180,7 +180,12 @@ def blocks(length: int, block: int) -> Iterator[slice]:
 
 def window_bounds(causal: bool, window: Window) -> tuple[float, float]:
     """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left."""
-    left, right = (window, window) if window is None or isinstance(window, int) else window
+    left, right = window_sides(window)
     left = math.inf if left is None else left
     right = math.inf if right is None else right
     return left, min(right, 0) if causal else right
+
+
+def window_sides(window: Window) -> tuple[int | None, int | None]:
+    """Return a window as (left, right), None for unbounded."""
+    return (window, window) if window is None or isinstance(window, int) else tuple(window)

@@ -19,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -27,8 +28,35 @@ from stage2_triton_forward import launch as stage2
 from stage2_triton_forward.split_kv import attention_forward
 from stage2_triton_forward.tile_config import TileConfig
 from stage3_scores_and_sums import launch as stage3
+from stage3_scores_and_sums.column_sums import fold_columns, softmax_col_sum
+from stage3_scores_and_sums.linear_sums import linear_col_sum, linear_row_sum
 
+ROWS = torch.empty(1, 4, 256)  # a statistic of every query, such as the lse
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+@triton.jit
+def add_up(acc, logits, weights, q_idx, k_idx):
+    """Sum the weights: a reduction as a user would write it."""
+    return acc + tl.sum(weights, 1)
+
+
+REGION = {"q_begin": 192, "k_stop": 192}
+SCORES_AND_SUMS = {  # stage 3, by the name of the case
+    "with_scores": lambda q, k, c: stage3.attention_with_scores(q, k, k, c),
+    "scores_alone": lambda q, k, c: stage3.compute_attention_scores(q, k, c),
+    "row_sum_kahan": lambda q, k, c: stage3.attention_with_row_sum(q, k, k, c, algorithm="kahan"),
+    "row_sum_linear": lambda q, k, c: linear_row_sum(q, k, c),
+    "col_sum_linear": lambda q, k, c: linear_col_sum(q, k, c, window=(100, None)),
+    "col_sum_reverse": lambda q, k, c: stage3.attention_with_col_sum(q, k, k, c, algorithm="atomic_reverse"),
+    "col_sum_round_robin": lambda q, k, c: stage3.attention_with_col_sum(q, k, k, c, algorithm="atomic_round_robin"),
+    "softmax_col_sum": lambda q, k, c: softmax_col_sum(q, k, ROWS, c),
+    "softmax_col_sum_window": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, window=(100, None), softcap=20.0),
+    "softmax_cross": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, **REGION),
+    "softmax_cross_stored": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, **REGION, stored=q.new_empty(1, 4, 64, 192)),
+    "stats": lambda q, k, c: stage3.attention_with_stats(q, k, k, c),
+    "fold_columns": lambda q, k, c: fold_columns(q, k, ROWS, add_up, 0.0, c),
+    "fold_rows": lambda q, k, c: stage3.fold_rows(q, k, ROWS, add_up, 0.0, c),
+}
 
 
 class Compiled(NamedTuple):
@@ -118,8 +146,8 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, o=options: stage2.forward(q, k, k, c, **o)
                 yield f"decode-{suffix}", lambda q=q, k=k, c=causal: attention_forward(q[:, :, :1], k, k, c, n_splits=4)
                 yield f"simple-{suffix}", lambda q=q, k=k, c=causal: stage2.simple_forward(q, k, k, c)
-                yield f"with_scores-{suffix}", lambda q=q, k=k, c=causal: stage3.attention_with_scores(q, k, k, c)
-                yield f"scores_alone-{suffix}", lambda q=q, k=k, c=causal: stage3.compute_attention_scores(q, k, c)
+                for name, launch in SCORES_AND_SUMS.items():
+                    yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, launch=launch: launch(q, k, c)
     if arch < 89:  # no fp8 tensor cores
         return
     for dtype_name, dtype in {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.items():

@@ -125,8 +125,8 @@ MISTAKES = [
     Mistake(
         "partial_tiles_dropped",
         LOOP,
-        "for start in range(0, length, block):",
-        "for start in range(0, length - block + 1, block):",
+        "for start in range(begin, stop, block):",
+        "for start in range(begin, stop - block + 1, block):",
         TILED + "test_matches_oracle[b1-h2k1-m17n17-d16-full]",
         "The last tile may be smaller than the block, and still counts.",
     ),
@@ -181,8 +181,8 @@ MISTAKES = [
     Mistake(
         "column_sum_of_the_last_tile",
         HOOKS,
-        "self.col_sum[..., tile.k_cols] += visible_scores(tile).sum((2, 3))",
-        "self.col_sum[..., tile.k_cols] = visible_scores(tile).sum((2, 3))",
+        "col_sum += visible_scores(tile)",
+        "col_sum[...] = visible_scores(tile)",
         SUMS + "test_hooks_match_oracle[b1-h4k2-m63n63-d64-causal-col_sum]",
         "Every block of queries adds to the same columns.",
     ),

@@ -1,5 +1,6 @@
 """Checks of user input: every error names the argument, what was given and what is allowed."""
 
+import inspect
 import math
 import numbers
 
@@ -12,21 +13,16 @@ _MAX_HEAD_DIM = 256
 _BACKENDS = ("triton", "pytorch")
 
 
-def check_attention(
-    q, k, v, causal, sm_scale, dropout_p, seed, *, allow_fp8: bool = False, allow_other_v_width: bool = False
-) -> None:
+def check_attention(q, k, v, causal, sm_scale, dropout_p, seed, *, allow_fp8: bool = False) -> None:
     """Check the arguments of attention itself; raise TypeError or ValueError."""
     check_qk(q, k, causal, sm_scale, allow_fp8)
     _check_tensor("v", v, allow_fp8)
     _check_like("v", v, "k", k)
-    if allow_other_v_width:
-        if v.shape[:3] != k.shape[:3]:
-            raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
-        if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
-            raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
-    elif v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    _check_number("dropout_p", dropout_p)
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
+    if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
+        raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
+    check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -39,17 +35,14 @@ def check_features(q, k, window, softcap, sinks, key_padding_mask, descales) -> 
     """Check what attention does beside the plain formula; raise TypeError or ValueError."""
     check_window(window)
     if softcap is not None:
-        _check_number("softcap", softcap)
+        check_number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be above 0, got {softcap}")
     if sinks is not None:
         if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating-point tensor or None, got {_kind(sinks)}")
         _check_shape("sinks", sinks, (q.shape[1],), q.device)
-    if key_padding_mask is not None:
-        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be a bool tensor or None, got {_kind(key_padding_mask)}")
-        _check_shape("key_padding_mask", key_padding_mask, (k.shape[0], k.shape[2]), q.device)
+    check_padding(q, k, key_padding_mask)
     if descales is not None:
         if q.dtype not in _FP8:
             raise ValueError(f"descales go with fp8 inputs only, got {q.dtype}")
@@ -60,9 +53,76 @@ def check_features(q, k, window, softcap, sinks, key_padding_mask, descales) -> 
                 if x.numel() != 1:
                     raise ValueError(f"descales: {name}'s must have one element, got shape {list(x.shape)}")
             else:
-                _check_number(f"descales: {name}'s", x)
+                check_number(f"descales: {name}'s", x)
                 if x <= 0:
                     raise ValueError(f"descales: {name}'s must be above 0, got {x}")
+
+
+def check_padding(q, k, key_padding_mask) -> None:
+    """Check a key padding mask: a bool tensor [B, N], or None."""
+    if key_padding_mask is None:
+        return
+    if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be a bool tensor or None, got {_kind(key_padding_mask)}")
+    _check_shape("key_padding_mask", key_padding_mask, (k.shape[0], k.shape[2]), q.device)
+
+
+def check_split(split, n_k: int) -> None:
+    """Check where the cross-token sums cut the sequence: an int in [0, N]."""
+    if isinstance(split, bool) or not isinstance(split, int):
+        raise TypeError(f"split must be an int, got {type(split).__name__}")
+    if not 0 <= split <= n_k:
+        raise ValueError(f"split must be in [0, {n_k}], the number of keys, got {split}")
+
+
+def check_choice(name: str, x, allowed: tuple[str, ...]) -> None:
+    """Check that an argument is one of a few strings."""
+    if x not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {x!r}")
+
+
+def check_flag(name: str, x) -> None:
+    """Check that an argument is a bool."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
+
+
+def check_buffer(name: str, x, shape: tuple[int, ...], dtype: torch.dtype, taken: dict[str, Tensor]) -> None:
+    """Check a tensor to write to: its shape, dtype, device and layout, and that it shares no memory with `taken`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    _check_shape(name, x, shape, next(iter(taken.values())).device)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
+    start, stop = _span(x)
+    for other_name, other in taken.items():
+        other_start, other_stop = _span(other)
+        if max(start, other_start) < min(stop, other_stop):
+            raise ValueError(f"{name} must not share memory with {other_name}")
+
+
+def check_fold(name: str, fold, backend: str) -> None:
+    """Check a reduction of the user's own: jitted for Triton, a plain function for PyTorch, with five arguments."""
+    code = getattr(fold, "fn", None)  # of a @triton.jit function, compiled or interpreted
+    if backend == "triton" and code is None:
+        raise TypeError(f"{name} must be a @triton.jit function for backend='triton', got {fold!r}")
+    if backend == "pytorch" and (code is not None or not callable(fold)):
+        raise TypeError(f"{name} must be a plain function of tensors for backend='pytorch', got {fold!r}")
+    parameters = list(inspect.signature(code or fold).parameters)
+    if len(parameters) != 5:
+        raise TypeError(
+            f"{name} must take five arguments (acc, logits, weights, q_idx, k_idx), got {len(parameters)}: {parameters}"
+        )
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Return the addresses from x's first byte to past its last."""
+    if x.numel() == 0:
+        return 0, 0
+    length = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + length * x.element_size()
 
 
 def check_window(window) -> None:
@@ -92,7 +152,7 @@ def check_qk(q, k, causal, sm_scale, allow_fp8: bool = False) -> None:
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
     if sm_scale is not None:
-        _check_number("sm_scale", sm_scale, " or None")
+        check_number("sm_scale", sm_scale, " or None")
 
 
 def check_backend(backend, *inputs: Tensor) -> str:
@@ -128,7 +188,8 @@ def _triton_is_interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def _check_number(name: str, x, otherwise: str = "") -> None:
+def check_number(name: str, x, otherwise: str = "") -> None:
+    """Check that an argument is a finite number."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
     if not math.isfinite(x):

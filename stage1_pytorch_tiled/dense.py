@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,6 +23,9 @@ class NaiveAttention(NamedTuple):
     col_sum: Tensor  # [B, Hk, N], scores summed over queries and over the head group
     softmax_col_sum: Tensor  # [B, Hk, N], weights summed over queries and over the head group
     total_attention: Tensor  # [B, Hq, N], weights summed over queries
+    entropy: Tensor  # [B, Hq, M], -Σ_j p·ln p over the keys, in nats; 0·ln 0 is 0
+    max_weight: Tensor  # [B, Hq, M], the row's largest weight
+    mean_distance: Tensor  # [B, Hq, M], Σ_j p·|i + N - M - j| / Σ_j p
     cross_token_qk_sum: Tensor  # [B, Hk, split], scores of query rows `split:` summed for keys `:split`
     cross_token_softmax_sum: Tensor  # [B, Hk, split], the same for weights
 
@@ -58,7 +62,7 @@ def naive_attention(
         split: where the cross-token sums cut the sequence, in [0, N].
 
     Returns:
-        A NaiveAttention. Rows that see no key have output 0, lse -inf and add nothing to any sum.
+        A NaiveAttention. Rows that see no key have lse -inf, 0 for everything else, and add nothing to any sum.
 
     Source: Vaswani et al. 2017, eq. 1; sums as in H2O (Zhang et al. 2023).
     """
@@ -102,6 +106,8 @@ def naive_attention(
     output = kept.to(v.dtype) @ v_all
 
     total_attention = weights.sum(-2)
+    weight_sum = weights.sum(-1)  # [B, Hq, M], 1, less what the sink took, or 0
+    distance = key_distance(q.shape[2], k.shape[2], q.device).abs()
     return NaiveAttention(
         output=output,
         lse=lse,
@@ -111,6 +117,9 @@ def naive_attention(
         col_sum=_sum_group(scores.sum(-2, dtype=wide), n_kv_heads),
         softmax_col_sum=_sum_group(total_attention, n_kv_heads),
         total_attention=total_attention,
+        entropy=-torch.xlogy(weights, weights).sum(-1),
+        max_weight=F.pad(weights, (0, 1)).amax(-1),  # a column of 0, for N = 0
+        mean_distance=(weights * distance).sum(-1) / weight_sum.masked_fill(weight_sum == 0, 1),
         cross_token_qk_sum=_sum_group(scores[..., split:, :split].sum(-2, dtype=wide), n_kv_heads),
         cross_token_softmax_sum=_sum_group(weights[..., split:, :split].sum(-2), n_kv_heads),
     )
@@ -125,9 +134,7 @@ def visible_keys(
     device: torch.device | str,
 ) -> Tensor:
     """Return the bool mask [1 or B, 1, M, N] that is True where a query may see a key."""
-    q_idx = torch.arange(n_q, device=device)[:, None]
-    k_idx = torch.arange(n_k, device=device)[None, :]
-    distance = q_idx + (n_k - n_q) - k_idx  # how far the key lies behind the query's own position
+    distance = key_distance(n_q, n_k, device)
     visible = torch.ones(n_q, n_k, dtype=torch.bool, device=device)
     if causal:
         visible &= distance >= 0
@@ -139,6 +146,11 @@ def visible_keys(
             visible &= -distance <= right
     visible = visible[None, None]
     return visible if key_padding_mask is None else visible & key_padding_mask[:, None, None, :]
+
+
+def key_distance(n_q: int, n_k: int, device: torch.device | str) -> Tensor:
+    """Return i + N - M - j, int64 [M, N]: how far each key lies behind the query's own position."""
+    return torch.arange(n_q, device=device)[:, None] + (n_k - n_q) - torch.arange(n_k, device=device)
 
 
 def _sum_group(per_query_head: Tensor, n_kv_heads: int) -> Tensor:

@@ -68,11 +68,9 @@ def tiled_attention(
 
     Source: FlashAttention-2 (Dao 2023), Algorithm 1.
     """
-    if q.ndim == 3:
+    squeeze = q.ndim == 3
+    if squeeze:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-        squeeze = True
-    else:
-        squeeze = False
     grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
     v = v.unsqueeze(2)  # [B, Hk, 1, N, Dv]
     wide = grid.wide
@@ -109,31 +107,56 @@ def tiled_softmax_col_sum(
     key_padding_mask: Tensor | None = None,
     block_m: int = 16,
     block_n: int = 16,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    k_stop: int | None = None,
+    per_query_head: bool = False,
 ) -> Tensor:
-    """Sum each key's softmax weight over all queries, in a second pass over the tiles.
+    """Sum each key's softmax weight over the queries, in a second pass over the tiles.
 
     One pass cannot do it: a weight needs its row's final normaliser, which the first pass returns as lse.
 
     Args:
         q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in the first pass.
         lse: [B, Hq, M] or [B, M], from `tiled_attention` on the same inputs.
+        q_begin, q_stop, k_stop: sum query rows q_begin:q_stop, for keys :k_stop; None means all.
+        per_query_head: do not sum over the head group.
 
     Returns:
-        [B, Hk, N] or [B, N], fp32 (fp64 for fp64 inputs), summed over the head group.
+        [B, Hk, k_stop] ([B, Hq, k_stop] if per_query_head) or [B, k_stop], fp32 (fp64 for fp64 inputs).
     """
-    if q.ndim == 3:
+    squeeze = q.ndim == 3
+    if squeeze:
         q, k, lse = (x.unsqueeze(1) for x in (q, k, lse))
-        squeeze = True
-    else:
-        squeeze = False
     grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
-    lse = finite(lse).unflatten(1, (k.shape[1], -1))  # [B, Hk, G, M]
-    col_sum = lse.new_zeros(k.shape[:3])  # [B, Hk, N]
-    for q_rows in blocks(q.shape[2], block_m):
-        for tile in grid.tiles_of(q_rows):
-            weights = torch.exp(tile.logits - lse[..., q_rows, None])  # P = e^{S - L}
-            col_sum[..., tile.k_cols] += weights.sum((2, 3))
+    col_sum = lse.new_zeros(*grid.q.shape[:3], k.shape[2] if k_stop is None else k_stop)  # [B, Hk, G, k_stop]
+    for tile, weights in weight_tiles(grid, lse, q_begin, q_stop, k_stop):
+        col_sum[..., tile.k_cols] += weights.sum(-2)
+    col_sum = col_sum.flatten(1, 2) if per_query_head else col_sum.sum(2)
     return col_sum.squeeze(1) if squeeze else col_sum
+
+
+def weight_tiles(
+    grid: "TileGrid", lse: Tensor, q_begin: int = 0, q_stop: int | None = None, k_stop: int | None = None
+) -> Iterator[tuple[LogitsTile, Tensor]]:
+    """Walk the tiles a second time: yield each with its weights, which the lse makes final at once.
+
+    Args:
+        grid: the tiles of the first pass.
+        lse: [B, Hq, M], from `tiled_attention` on the same inputs.
+        q_begin, q_stop, k_stop: visit query rows q_begin:q_stop and keys :k_stop only; None means all.
+
+    Returns:
+        An iterator of (tile, weights [B, Hk, G, m, n]); weights are 0 where not visible.
+
+    Source: FlashAttention-2 (Dao 2023), Algorithm 2, line 11.
+    """
+    lse = finite(lse).unflatten(1, grid.q.shape[1:3])  # [B, Hk, G, M]
+    q_stop = grid.n_q if q_stop is None else q_stop
+    for q_rows in blocks(q_stop, grid.block_m, q_begin):
+        for tile in grid.tiles_of(q_rows, k_stop):
+            weights = torch.exp(tile.logits - lse[..., q_rows, None])  # P = e^{S - L}
+            yield tile, weights
 
 
 class TileGrid:
@@ -162,10 +185,10 @@ class TileGrid:
         self.left, self.right = window_bounds(causal, window)
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
 
-    def tiles_of(self, q_rows: slice) -> Iterator[LogitsTile]:
-        """Yield the tiles of the query rows that any of them can see, in key order."""
+    def tiles_of(self, q_rows: slice, k_stop: int | None = None) -> Iterator[LogitsTile]:
+        """Yield the tiles of the query rows and of keys `:k_stop` that any of the rows can see, in key order."""
         q_tile = self.q[..., q_rows, :].to(self.wide)  # [B, Hk, G, m, D]
-        for k_cols in blocks(self.n_k, self.block_n):
+        for k_cols in blocks(self.n_k if k_stop is None else k_stop, self.block_n):
             seen = self.visibility(q_rows, k_cols)
             if seen is False:
                 continue
@@ -189,25 +212,29 @@ class TileGrid:
             return False
         if smallest >= -self.right and largest <= self.left:
             return True
-        q_idx = torch.arange(q_rows.start, q_rows.stop, device=self.q.device)[:, None]
-        k_idx = torch.arange(k_cols.start, k_cols.stop, device=self.q.device)[None, :]
+        q_idx, k_idx = self.positions(q_rows, k_cols)
         distance = q_idx + offset - k_idx
         return (distance >= -self.right) & (distance <= self.left)
+
+    def positions(self, q_rows: slice, k_cols: slice) -> tuple[Tensor, Tensor]:
+        """Return the positions q_idx, int64 [m, 1], and k_idx, int64 [1, n], of a tile."""
+        q_idx = torch.arange(q_rows.start, q_rows.stop, device=self.q.device)[:, None]
+        k_idx = torch.arange(k_cols.start, k_cols.stop, device=self.q.device)[None, :]
+        return q_idx, k_idx
 
     def dropout_factor(self, tile: LogitsTile, dropout_p: float, seed: int) -> Tensor:
         """Return 1 / (1 - p) for kept weights and 0 for dropped ones, [B, Hk, G, m, n]."""
         batch, n_kv_heads, group = self.q.shape[:3]
-        device = self.q.device
-        batch_head = torch.arange(batch * n_kv_heads * group, device=device).view(batch, n_kv_heads, group, 1, 1)
-        q_idx = torch.arange(tile.q_rows.start, tile.q_rows.stop, device=device)[:, None]
-        k_idx = torch.arange(tile.k_cols.start, tile.k_cols.stop, device=device)
+        batch_head = torch.arange(batch * n_kv_heads * group, device=self.q.device)
+        batch_head = batch_head.view(batch, n_kv_heads, group, 1, 1)
+        q_idx, k_idx = self.positions(tile.q_rows, tile.k_cols)
         return keep_mask(seed, batch_head, q_idx, k_idx, dropout_p).to(self.wide) / (1 - dropout_p)
 
 
-def blocks(length: int, block: int) -> Iterator[slice]:
-    """Yield the slices that cut range(length) into blocks; the last may be shorter."""
-    for start in range(0, length, block):
-        yield slice(start, min(start + block, length))
+def blocks(stop: int, block: int, begin: int = 0) -> Iterator[slice]:
+    """Yield the slices that cut range(begin, stop) into blocks; the last may be shorter."""
+    for start in range(begin, stop, block):
+        yield slice(start, min(start + block, stop))
 
 
 def window_bounds(causal: bool, window: Window) -> tuple[float, float]:

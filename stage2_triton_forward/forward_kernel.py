@@ -5,6 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .hook import Place
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -41,11 +42,6 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def ignore_logits(hook_args, logits, visible, q_idx, k_idx, batch_head):
-    """The hook of plain attention: the compiler removes it."""
-
-
-@triton.jit
 def forward_kernel(
     q_desc,  # [B, Hq, M, D]
     k_desc,  # [B, Hk, N, D]
@@ -54,11 +50,12 @@ def forward_kernel(
     lse_ptr,  # [splits·B, Hq, M]
     sinks_ptr,  # [Hq]
     descale_ptr,  # [2]: factors on q·kᵀ and on v, for fp8
+    hook_desc,  # the hook's own, or any
     mask,
     to_logits,
     dropout,
     tiles,
-    hook_args,
+    hook,
     n_batches,
     heads_together,
     N_HEADS: tl.constexpr,
@@ -67,9 +64,8 @@ def forward_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_DESCALE: tl.constexpr,
     COMPUTE_OUTPUT: tl.constexpr,
-    ON_LOGITS: tl.constexpr,
 ):
-    """Attention of one query tile, with `ON_LOGITS(hook_args, logits, visible, q_idx, k_idx, batch_head)` at each tile.
+    """Attention of one query tile, with a caller's hook at each of its tiles of logits and weights (see `hook.py`).
 
     Grid: (query tiles of all heads, splits of the keys). Heads come `heads_together` at a time, so that their keys and
     values stay in L2; among those, the longest causal rows of every head come first, so that no long row starts last.
@@ -82,7 +78,7 @@ def forward_kernel(
     n_together = tl.minimum(heads_together, n_batches * N_HEADS - first_head)
     within = tl.program_id(0) - first_head * m_blocks
     batch_head = first_head + within % n_together
-    q_start = (m_blocks - 1 - within // n_together) * BLOCK_M
+    q_start = hook.ROWS(within // n_together, m_blocks) * BLOCK_M
     batch = batch_head // N_HEADS
     head = batch_head % N_HEADS
 
@@ -96,9 +92,7 @@ def forward_kernel(
         whole_begin = tl.maximum(whole_begin, split_begin)
         whole_stop = tl.maximum(tl.minimum(whole_stop, split_stop), whole_begin)
 
-    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
-    if to_logits.SIGN != 1:
-        q_tile = (q_tile.to(tl.float32) * to_logits.SIGN).to(q_tile.dtype)
+    q_tile = with_sign(load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D), to_logits.SIGN)
     scale = to_logits.scale
     if HAS_DESCALE:
         scale = scale * tl.load(descale_ptr)
@@ -108,24 +102,27 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
+    place = Place(batch, head, batch_head, q_start, q_idx, hook_desc)
+    carry = hook.START(hook.args, place)
     if mask.HAS_LEFT:  # where the window begins
-        state = attend_keys(
-            state, begin, tl.minimum(whole_begin, stop), True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        state, carry = attend_keys(
+            state, carry, begin, tl.minimum(whole_begin, stop), True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+            place, COMPUTE_OUTPUT,
         )  # fmt: skip
-    state = attend_keys(
-        state, whole_begin, whole_stop, False,
-        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-        batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+    state, carry = attend_keys(
+        state, carry, whole_begin, whole_stop, False,
+        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+        place, COMPUTE_OUTPUT,
     )  # fmt: skip
     if HAS_TAIL:  # the diagonal, and keys that do not fill a tile
-        state = attend_keys(
-            state, whole_stop, stop, True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        state, carry = attend_keys(
+            state, carry, whole_stop, stop, True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+            place, COMPUTE_OUTPUT,
         )  # fmt: skip
 
+    lse_log2 = state.row_max
     if COMPUTE_OUTPUT:
         row_sum = tl.where(state.row_sum == 0.0, 1.0, state.row_sum)
         factor = 1.0 / row_sum
@@ -142,41 +139,63 @@ def forward_kernel(
         )  # O = diag(l)⁻¹·O
         lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * mask.n_q
         tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < mask.n_q)
+    visited_stop = tl.maximum(begin, tl.cdiv(stop, tiles.BLOCK_N) * tiles.BLOCK_N)
+    hook.FINISH(hook.args, carry, state, lse_log2, begin, visited_stop, place)
 
 
 @triton.jit
 def attend_keys(
-    state, begin, stop, MASKED: tl.constexpr,
-    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-    batch, head, batch_head, q_idx, COMPUTE_OUTPUT: tl.constexpr, ON_LOGITS: tl.constexpr,
+    state, carry, begin, stop, MASKED: tl.constexpr,
+    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+    place, COMPUTE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
     BLOCK_N: tl.constexpr = tiles.BLOCK_N
-    kv_head = head // tiles.GROUP
+    kv_head = place.head // tiles.GROUP
     for k_start in tl.range(begin, stop, BLOCK_N, disable_licm=MASKED):
+        k_start = hook.ORDER(hook.args, k_start, begin, stop, place, BLOCK_N)
         k_start = tl.multiple_of(k_start, BLOCK_N)
         k_idx = k_start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_desc, batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_D)
+        k_tile = load_tile(k_desc, place.batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_D)
         logits = dot(q_tile, k_tile.T, None, to_logits.FP32_PRECISION)  # S = Q·Kᵀ, [BLOCK_M, BLOCK_N], not scaled yet
-        visible = visible_tile(mask, batch, q_idx, k_idx)
-        in_rows = (q_idx < mask.n_q)[:, None]
-        ON_LOGITS(hook_args, logits * scale, visible & in_rows, q_idx, k_idx, batch_head)
+        in_rows = (place.q_idx < mask.n_q)[:, None]
+        if MASKED or mask.HAS_PADDING:
+            visible = visible_tile(mask, place.batch, place.q_idx, k_idx)
+            in_rows = visible & in_rows
+        carry = hook.ON_LOGITS(hook.args, carry, logits * scale, in_rows, place, k_start)
         if COMPUTE_OUTPUT:
-            factor = scale
-            if to_logits.HAS_SOFTCAP:
-                logits = tanh(logits * (scale / to_logits.softcap))
-                factor = to_logits.softcap
+            logits, factor = cap_logits(to_logits, logits, scale)
             if MASKED or mask.HAS_PADDING:
                 logits = tl.where(visible, logits, float("-inf"))
+            before = state
             state, weights = online_softmax_step(state, logits, factor * LOG2_E)
+            carry = hook.ON_WEIGHTS(hook.args, carry, before, state, logits, weights, factor * LOG2_E, place, k_start)
             if dropout.ENABLED:
-                weights = drop_tile(dropout, weights, batch_head, q_idx, k_idx)
-            v_tile = load_tile(v_desc, batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_DV)
+                weights = drop_tile(dropout, weights, place.batch_head, place.q_idx, k_idx)
+            v_tile = load_tile(v_desc, place.batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_DV)
             if v_tile.dtype.primitive_bitwidth == 8:  # fp8 weights would lose what the logits gained
                 v_tile = v_tile.to(tl.bfloat16)
             acc = dot(weights.to(v_tile.dtype), v_tile, state.acc, to_logits.FP32_PRECISION)
             state = SoftmaxState(state.row_max, state.row_sum, acc)
-    return state
+    return state, carry
+
+
+@triton.jit
+def with_sign(tile, SIGN: tl.constexpr):
+    """Return the tile times the sign of the scale: the online softmax takes the max before it scales."""
+    if SIGN != 1:
+        tile = (tile.to(tl.float32) * SIGN).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def cap_logits(to_logits, logits, scale):
+    """Return (x, factor) such that x·factor are the capped logits of unscaled ones; without softcap nothing is done."""
+    factor = scale
+    if to_logits.HAS_SOFTCAP:
+        logits = tanh(logits * (scale / to_logits.softcap))
+        factor = to_logits.softcap
+    return logits, factor
 
 
 @triton.jit

@@ -12,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stage1_pytorch_tiled.philox import drop_threshold
 from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
-from .forward_kernel import Logits, Tiles, forward_kernel, ignore_logits
+from .forward_kernel import Logits, Tiles, forward_kernel
+from .hook import PLAIN, Hook
 from .simple_kernel import simple_forward_kernel
 from .tile_config import forward_config, heads_together, simple_config
 from .tiles import Dropout, Mask
@@ -85,10 +86,12 @@ def forward(
     sinks: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     descale: Tensor | None = None,
-    on_logits=ignore_logits,
-    hook_args: tuple = (),
+    hook: Hook = PLAIN,
+    hook_tensor: Tensor | None = None,
     compute_output: bool = True,
     n_splits: int = 1,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward loop, with a hook on its logits.
 
@@ -105,10 +108,11 @@ def forward(
         sinks: [Hq], one extra logit per head that takes part in the denominator only.
         key_padding_mask: [B, N] bool, True for a real key.
         descale: [2] fp32, factors on q·kᵀ and on v.
-        on_logits: a `@triton.jit` hook; `ignore_logits` documents its arguments.
-        hook_args: tuple handed to the hook.
+        hook: what to do with logits and weights beside attention; see `make_hook`.
+        hook_tensor: [B, H, rows, columns], of which the hook gets a descriptor for tiles of BLOCK_M × BLOCK_N.
         compute_output: False leaves v unread and output and lse unwritten; only the hook acts.
         n_splits: into how many parts the keys are cut, each walked by a program of its own.
+        out, lse: contiguous, where to; None for new ones.
 
     Returns:
         output [B, Hq, M, Dv] in q's dtype (bf16 for fp8) and lse [B, Hq, M] fp32; rows that see no key hold 0 and -inf.
@@ -118,51 +122,49 @@ def forward(
     n_kv_heads, n_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
     splits = (n_splits,) if n_splits > 1 else ()
     out_dtype = torch.float32 if splits else output_dtype(q)
-    output = torch.empty(*splits, batch, n_heads, n_q, head_dim_v, dtype=out_dtype, device=q.device)
-    lse = torch.empty(*splits, batch, n_heads, n_q, dtype=torch.float32, device=q.device)
+    rows = (*splits, batch, n_heads, n_q)
+    output = torch.empty(*rows, head_dim_v, dtype=out_dtype, device=q.device) if out is None else out
+    lse = torch.empty(rows, dtype=torch.float32, device=q.device) if lse is None else lse
     if output.numel() == 0 or n_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
 
-    sm_scale = default_scale(q, sm_scale)
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
-    guarded = mask.HAS_LEFT.value or mask.HAS_PADDING.value or softcap is not None or on_logits is not ignore_logits
-    config = forward_config(q, head_dim_v, guarded, dropout_p > 0)
+    guarded = mask.HAS_LEFT.value or mask.HAS_PADDING.value or softcap is not None or hook is not PLAIN
+    storing = hook_tensor is not None
+    config = forward_config(q, head_dim_v, guarded, dropout_p > 0, storing and compute_output)
     tiles = Tiles(
         *map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n)),
         *(tl.constexpr(padded_head_dim(width, q.dtype)) for width in (head_dim, head_dim_v)),
     )
-    to_logits = Logits(
-        abs(sm_scale) or 1.0,
-        1.0 if softcap is None else softcap,
-        *map(tl.constexpr, ((sm_scale > 0) - (sm_scale < 0), softcap is not None, config.fp32_precision)),
-    )
+    to_logits = describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision)
     dropout = Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
     flat_output = output.view(-1, n_heads, n_q, head_dim_v)
     aligned_output = describable(flat_output, copy=False)
+    out_desc = descriptor(aligned_output, config.block_m, tiles.BLOCK_DV.value)
     m_blocks = triton.cdiv(n_q, config.block_m)
     with device_of(q):
         forward_kernel[(m_blocks * batch * n_heads, n_splits)](
             descriptor(q, config.block_m),
             descriptor(k, config.block_n),
             descriptor(v, config.block_n),
-            descriptor(aligned_output, config.block_m, tiles.BLOCK_DV.value),
+            out_desc,
             lse,
             lse if sinks is None else sinks,
             lse if descale is None else descale,
+            out_desc if hook_tensor is None else descriptor(hook_tensor, config.block_m, config.block_n),
             mask,
             to_logits,
             dropout,
             tiles,
-            hook_args,
+            hook,
             batch,
-            heads_together(k, v, n_heads, batch, mask.HAS_RIGHT.value or mask.HAS_LEFT.value),
+            heads_together(k, v, n_heads, batch, mask.HAS_RIGHT.value or mask.HAS_LEFT.value, storing),
             N_HEADS=n_heads,
             N_SPLITS=n_splits,
             HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,
             HAS_SINKS=sinks is not None,
             HAS_DESCALE=descale is not None,
             COMPUTE_OUTPUT=compute_output,
-            ON_LOGITS=on_logits,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -175,19 +177,32 @@ def key_mask(
     n_q: int, n_k: int, causal: bool, window: Window, key_padding_mask: Tensor | None, placeholder: Tensor
 ) -> Mask:
     """Describe who sees whom for the kernels; `placeholder` is any tensor, for a pointer that is never read."""
-    left, right = window_sides(window)
-    if causal:
-        right = 0 if right is None else min(right, 0)
+    left, right = mask_sides(n_q, n_k, causal, window)
     padded = key_padding_mask is not None
-    farthest = n_q + n_k  # no key lies farther from a query; a larger bound could overflow 32 bits
     return Mask(
         n_q,
         n_k,
-        min(left or 0, farthest),
-        min(right or 0, farthest),
+        left or 0,
+        right or 0,
         key_padding_mask.to(torch.uint8).contiguous() if padded else placeholder,
         *map(tl.constexpr, (left is not None, right is not None, padded)),
     )
+
+
+def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left; None for no bound."""
+    left, right = window_sides(window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    farthest = n_q + n_k  # no key lies farther from a query; a larger bound could overflow 32 bits
+    return tuple(None if side is None else min(side, farthest) for side in (left, right))
+
+
+def describe_logits(sm_scale: float, softcap: float | None, fp32_precision: str) -> Logits:
+    """Describe how q·kᵀ becomes logits for the kernels."""
+    sign = (sm_scale > 0) - (sm_scale < 0)
+    cap = 1.0 if softcap is None else softcap
+    return Logits(abs(sm_scale) or 1.0, cap, *map(tl.constexpr, (sign, softcap is not None, fp32_precision)))
 
 
 def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> TensorDescriptor:

@@ -28,10 +28,11 @@ class Rows(NamedTuple):
     """The configs of one head dimension; what needs more registers than the plain loop gets smaller tiles."""
 
     plain: TileConfig
-    guarded: TileConfig  # a window's left edge, key padding, softcap or a hook
+    guarded: TileConfig  # a window's left edge, key padding, softcap or a hook, and calls too short for `plain`
     dropout: TileConfig
     short: TileConfig
     fp32: TileConfig
+    storing: TileConfig  # a hook that writes every tile: bound by memory, so that many small programs overlap best
 
 
 _HOPPER = {
@@ -41,6 +42,7 @@ _HOPPER = {
         dropout=TileConfig(64, 32, 4, 2),
         short=TileConfig(16, 128, 4, 3),
         fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
+        storing=TileConfig(64, 32, 4, 3),
     ),
     128: Rows(
         plain=TileConfig(128, 64, 4, 2),
@@ -48,6 +50,7 @@ _HOPPER = {
         dropout=TileConfig(64, 32, 4, 2),
         short=TileConfig(16, 128, 4, 3),
         fp32=TileConfig(128, 32, 8, 2, "tf32x3"),
+        storing=TileConfig(64, 32, 4, 3),
     ),
     256: Rows(
         plain=TileConfig(128, 64, 8, 2),
@@ -55,17 +58,33 @@ _HOPPER = {
         dropout=TileConfig(32, 32, 4, 1),
         short=TileConfig(16, 32, 4, 3),
         fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
+        storing=TileConfig(64, 32, 4, 2),
     ),
 }
 _ANY_GPU = {
-    64: Rows(*[TileConfig(128, 32, 8, 2)] * 2, TileConfig(64, 16, 4, 2), *[TileConfig(16, 32, 4, 2)] * 2),
-    128: Rows(*[TileConfig(128, 32, 8, 2)] * 2, TileConfig(64, 16, 4, 2), *[TileConfig(16, 32, 4, 2)] * 2),
-    256: Rows(*[TileConfig(64, 16, 4, 2)] * 3, TileConfig(16, 16, 4, 2), TileConfig(16, 16, 4, 1)),
+    **dict.fromkeys(
+        (64, 128),
+        Rows(
+            *[TileConfig(128, 32, 8, 2)] * 2,
+            dropout=TileConfig(64, 16, 4, 2),
+            short=TileConfig(16, 32, 4, 2),
+            fp32=TileConfig(16, 32, 4, 2),
+            storing=TileConfig(128, 32, 8, 2),
+        ),
+    ),
+    256: Rows(
+        *[TileConfig(64, 16, 4, 2)] * 3,
+        short=TileConfig(16, 16, 4, 2),
+        fp32=TileConfig(16, 16, 4, 1),
+        storing=TileConfig(64, 16, 4, 2),
+    ),
 }
 _TURING = {
-    width: Rows(*[TileConfig(*tiles, 4, 1)] * 5) for width, tiles in ((64, (64, 32)), (128, (32, 32)), (256, (16, 16)))
+    width: Rows(*[TileConfig(*tiles, 4, 1)] * 6) for width, tiles in ((64, (64, 32)), (128, (32, 32)), (256, (16, 16)))
 }
-_INTERPRETED = {width: Rows(*[TileConfig(64, 64, 4, 2)] * 3, *[TileConfig(16, 64, 4, 2)] * 2) for width in _HOPPER}
+_INTERPRETED = dict.fromkeys(
+    _HOPPER, Rows(*[TileConfig(64, 64, 4, 2)] * 3, *[TileConfig(16, 64, 4, 2)] * 2, storing=TileConfig(64, 64, 4, 2))
+)
 
 
 def simple_config(dtype: torch.dtype, block_d: int) -> TileConfig:
@@ -75,7 +94,7 @@ def simple_config(dtype: torch.dtype, block_d: int) -> TileConfig:
     return TileConfig(block_m=block, block_n=block, num_warps=4, num_stages=2)
 
 
-def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool) -> TileConfig:
+def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool, storing: bool = False) -> TileConfig:
     """Return the config of the forward loop.
 
     Args:
@@ -83,6 +102,7 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool)
         head_dim_v: Dv.
         guarded: whether the loop does more than a causal mask: a window, key padding, softcap or a hook.
         has_dropout: whether weights are dropped.
+        storing: whether a hook stores every tile of logits.
     """
     table = _tables()
     rows = table[min(width for width in table if width >= max(q.shape[3], head_dim_v))]
@@ -92,7 +112,16 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool)
         return rows.dropout
     if q.shape[2] <= _SHORT:
         return rows.short
-    return rows.guarded if guarded else rows.plain
+    if storing:
+        return rows.storing
+    batch, n_heads, n_q, _ = q.shape
+    n_programs = batch * n_heads * triton.cdiv(n_q, rows.plain.block_m)
+    return rows.guarded if guarded or n_programs <= 2 * _multiprocessors(q.device) else rows.plain
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; 0 for none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _tables() -> dict[int, Rows]:
@@ -103,14 +132,15 @@ def _tables() -> dict[int, Rows]:
     return _HOPPER if arch == 90 else _TURING if arch < 80 else _ANY_GPU
 
 
-def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: bool) -> int:
+def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: bool, storing: bool = False) -> int:
     """Return how many query heads to interleave.
 
     Where rows differ in length (causal), the long ones of several heads come first, as many heads as L2 holds keys and
-    values for. Where all are alike there is nothing to balance, and one group of heads at a time reads L2 best.
+    values for. Where all are alike there is nothing to balance, and one group of heads at a time reads L2 best; so it
+    does where a hook stores scores, which pass through L2 and drive keys out.
     """
     group = n_heads // k.shape[1]
-    if not rows_differ:
+    if storing or not rows_differ:
         return group
     bytes_per_kv_head = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
     return min(batch * n_heads, max(1, _L2_SHARE // max(bytes_per_kv_head, 1)) * group)
@@ -118,9 +148,7 @@ def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: 
 
 def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
     """Return into how many parts to cut the keys: one program for every multiprocessor, 256 keys each at least."""
-    if device.type != "cuda":
-        return 1
-    n_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    n_multiprocessors = _multiprocessors(device)
     if n_programs == 0 or n_programs >= n_multiprocessors:
         return 1
     return max(1, min(n_multiprocessors // n_programs, n_k // 256, 128))

@@ -1,13 +1,246 @@
-"""Hooks for the forward loop (`ON_LOGITS`): what to do with a tile of logits before the softmax consumes it."""
+"""Hooks for the loops: what to do with a tile of logits or weights beside attention.
+
+Hooks of the forward loop come in sets of functions (see `stage2_triton_forward/hook.py`). A fold takes one tile after
+another into an accumulator, and leaves of a tile [R, C] the first axis: queries for rows, keys for columns.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+from stage2_triton_forward.forward_kernel import cap_logits
+from stage2_triton_forward.tiles import LN_2, LOG2_E
+
 
 @triton.jit
-def store_logits(hook_args, logits, visible, q_idx, k_idx, batch_head):
-    """Store the visible logits of a tile; `hook_args` is (scores_ptr to a zeroed [B·Hq, M, N], M, N)."""
-    scores_ptr, n_q, n_k = hook_args
-    head_ptr = scores_ptr + batch_head.to(tl.int64) * n_q * n_k  # 64-bit: B·Hq·M·N passes 2³¹ elements
-    offsets = q_idx[:, None].to(tl.int64) * n_k + k_idx[None, :]
-    tl.store(head_ptr + offsets, logits.to(scores_ptr.dtype.element_ty), mask=visible)
+def store_logits(args, carry, logits, visible, place, k_start):
+    """ON_LOGITS: store a tile, masked logits as 0; args: (scores [B·Hq, M - q_begin, k_stop], q_begin, M, k_stop)."""
+    store_scores(args, tl.where(visible, logits, 0.0), place, k_start, args[3])
+    return carry
+
+
+@triton.jit
+def store_zeros(args, carry, state, lse_log2, begin, stop, place):
+    """FINISH of `store_logits`: the keys that the walk left out, so that each element is written exactly once."""
+    BLOCK: tl.constexpr = 64
+    k_stop = args[3]
+    zeros = tl.zeros([place.q_idx.shape[0], BLOCK], tl.float32)
+    for k_start in range(0, tl.minimum(begin, k_stop), BLOCK):
+        store_scores(args, zeros, place, k_start, tl.minimum(begin, k_stop))
+    for k_start in range(stop, k_stop, BLOCK):
+        store_scores(args, zeros, place, k_start, k_stop)
+
+
+@triton.jit
+def store_scores(args, scores, place, k_start, k_stop):
+    """Store the part of a tile that lies in the queries from q_begin on and the keys before k_stop."""
+    scores_ptr, q_begin, n_q, row_length = args
+    q_idx, k_idx = place.q_idx, k_start + tl.arange(0, scores.shape[1])
+    head_ptr = scores_ptr + place.batch_head.to(tl.int64) * (n_q - q_begin) * row_length  # 64-bit: B·Hq·M·N passes 2³¹
+    rows = (q_idx - q_begin).to(tl.int64) * row_length
+    inside = ((q_idx >= q_begin) & (q_idx < n_q))[:, None] & (k_idx < k_stop)[None, :]
+    tl.store(
+        head_ptr + rows[:, None] + k_idx[None, :],
+        scores.to(scores_ptr.dtype.element_ty),
+        mask=inside,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+def store_logits_async(args, carry, logits, visible, place, k_start):
+    """ON_LOGITS: `store_logits` by the copy engine, which clips tiles, and works on while the loop goes on.
+
+    args: (q_begin,); place.hook_desc: scores [B, Hq, M - q_begin, k_stop] in tiles of BLOCK_M × BLOCK_N.
+    """
+    store_scores_async(args, tl.where(visible, logits, 0.0), place, k_start)
+    return carry
+
+
+@triton.jit
+def store_zeros_async(args, carry, state, lse_log2, begin, stop, place):
+    """FINISH of `store_logits_async`."""
+    desc = place.hook_desc
+    BLOCK_N: tl.constexpr = desc.block_shape[3]
+    zeros = tl.zeros([place.q_idx.shape[0], BLOCK_N], tl.float32)
+    for k_start in range(0, begin, BLOCK_N):
+        store_scores_async(args, zeros, place, k_start)
+    for k_start in range(stop, desc.shape[3].to(tl.int32), BLOCK_N):
+        store_scores_async(args, zeros, place, k_start)
+
+
+@triton.jit
+def store_scores_async(args, scores, place, k_start):
+    """Hand a tile to the copy engine; what lies outside of the scores is dropped."""
+    desc = place.hook_desc
+    tile = scores.to(desc.dtype).reshape(1, 1, scores.shape[0], scores.shape[1])
+    desc.store([place.batch, place.head, place.q_start - args[0], k_start], tile)
+
+
+@triton.jit
+def start_row_sum(args, place):
+    """START of `add_row_sum`: a sum and what rounding has taken from it."""
+    return tl.zeros(place.q_idx.shape, tl.float32), tl.zeros(place.q_idx.shape, tl.float32)
+
+
+@triton.jit
+def add_row_sum(args, carry, logits, visible, place, k_start):
+    """ON_LOGITS: add the visible logits of each row; what one addition rounds off is given back by the next.
+
+    Source: Kahan 1965, "Further remarks on reducing truncation errors".
+    """
+    row_sum, lost = carry
+    addend = tl.sum(tl.where(visible, logits, 0.0), 1) - lost
+    total = row_sum + addend
+    return total, (total - row_sum) - addend
+
+
+@triton.jit
+def store_row_sum(args, carry, state, lse_log2, begin, stop, place):
+    """FINISH of `add_row_sum`; args: (row_sum [B·Hq, M], M)."""
+    store_rows(args[0], carry[0], place, args[1])
+
+
+@triton.jit
+def add_col_sum_atomic(args, carry, logits, visible, place, k_start):
+    """ON_LOGITS: add a tile's column sums; programs meet at the same keys, in an order that nobody fixes.
+
+    args: (col_sum [B·Hk, k_stop], query heads to a key head, q_begin, k_stop); only queries from q_begin on count.
+    """
+    col_sum_ptr, group, q_begin, k_stop = args
+    counted = visible & (place.q_idx >= q_begin)[:, None]
+    sums = tl.sum(tl.where(counted, logits, 0.0), 0)
+    k_idx = k_start + tl.arange(0, logits.shape[1])
+    head_ptr = col_sum_ptr + (place.batch_head // group).to(tl.int64) * k_stop
+    tl.atomic_add(head_ptr + k_idx, sums, mask=k_idx < k_stop, sem="relaxed")
+    return carry
+
+
+@triton.jit
+def reversed_order(args, k_start, begin, stop, place, BLOCK_N: tl.constexpr):
+    """ORDER: the last tile first. Under a causal mask, rows that start together start at different keys."""
+    return begin + (tl.cdiv(stop - begin, BLOCK_N) - 1) * BLOCK_N - (k_start - begin)
+
+
+@triton.jit
+def round_robin(args, k_start, begin, stop, place, BLOCK_N: tl.constexpr):
+    """ORDER: every tile of queries starts somewhere else, and comes round to the first key in its turn."""
+    n_tiles = tl.maximum(tl.cdiv(stop - begin, BLOCK_N), 1)
+    return begin + ((k_start - begin) // BLOCK_N + place.q_start // BLOCK_N) % n_tiles * BLOCK_N
+
+
+@triton.jit
+def long_and_short(turn, m_blocks):
+    """ROWS: the longest, the shortest, the second longest …: rows of scores that compute run beside rows of zeros."""
+    return tl.where(turn % 2 == 0, m_blocks - 1 - turn // 2, turn // 2)
+
+
+@triton.jit
+def start_stats(args, place):
+    """START of `add_stats`: Σ w·log2(w) and Σ w·distance, with w relative to the max so far."""
+    return tl.zeros(place.q_idx.shape, tl.float32), tl.zeros(place.q_idx.shape, tl.float32)
+
+
+@triton.jit
+def add_stats(args, carry, before, after, logits, weights, scale_log2, place, k_start):
+    """ON_WEIGHTS: what entropy and mean distance need, rescaled with the max like the output.
+
+    When the max grows by d, every log2(w) so far falls by d, and every w by the factor 2^-d.
+    """
+    weighted_log, weighted_distance = carry
+    shift = tl.where(after.row_max == float("-inf"), 0.0, after.row_max)
+    fell = tl.where(before.row_max == float("-inf"), 0.0, before.row_max - shift)
+    rescale = tl.exp2(fell)
+    log2_weights = tl.maximum(logits * scale_log2 - shift[:, None], -1000.0)  # 0·log(0) is 0 here
+    k_idx = k_start + tl.arange(0, logits.shape[1])
+    distance = tl.abs(place.q_idx[:, None] + args[4] - k_idx[None, :])
+    weighted_log = (weighted_log + before.row_sum * fell) * rescale + tl.sum(weights * log2_weights, 1)
+    weighted_distance = weighted_distance * rescale + tl.sum(weights * distance, 1)
+    return weighted_log, weighted_distance
+
+
+@triton.jit
+def store_stats(args, carry, state, lse_log2, begin, stop, place):
+    """FINISH of `add_stats`; args: (entropy, max weight, mean distance, each [B·Hq, M], M, N - M)."""
+    entropy_ptr, max_weight_ptr, mean_distance_ptr, n_q, _ = args
+    weighted_log, weighted_distance = carry
+    empty = state.row_sum == 0.0
+    below_lse = tl.where(empty, 0.0, lse_log2 - state.row_max)
+    max_weight = tl.where(empty, 0.0, tl.exp2(-below_lse))  # the largest logit's
+    entropy = max_weight * (below_lse * state.row_sum - weighted_log) * LN_2  # H = Σ p·(L - s)
+    mean_distance = weighted_distance / tl.where(empty, 1.0, state.row_sum)
+    store_rows(entropy_ptr, entropy, place, n_q)
+    store_rows(max_weight_ptr, max_weight, place, n_q)
+    store_rows(mean_distance_ptr, mean_distance, place, n_q)
+
+
+class RowFold(NamedTuple):
+    """The args of `fold_row`; capitals are constexpr."""
+
+    lse_ptr: tl.tensor  # [B·Hq, M], from an earlier pass
+    result_ptr: tl.tensor  # [B·Hq, M]
+    start: float
+    n_q: int
+    capping: tuple  # `Logits` of scale 1: the loop has scaled the logits, and not capped them
+    FOLD: tl.constexpr
+
+
+@triton.jit
+def start_fold(args, place):
+    """START of `fold_row`: the accumulator, and the normaliser that an earlier pass has found."""
+    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * args.n_q
+    return tl.full(place.q_idx.shape, args.start, tl.float32), load_lse(lse_row, place.q_idx, args.n_q)
+
+
+@triton.jit
+def fold_row(args, carry, logits, visible, place, k_start):
+    """ON_LOGITS: fold a tile of logits and final weights; args: a RowFold."""
+    acc, lse_log2 = carry
+    weights = tl.where(visible, final_weights(args.capping, logits, 1.0, lse_log2[:, None]), 0.0)
+    logits = tl.where(visible, logits, float("-inf"))
+    k_idx = k_start + tl.arange(0, logits.shape[1])
+    return args.FOLD(acc, logits, weights, place.q_idx[:, None], k_idx[None, :]), lse_log2
+
+
+@triton.jit
+def store_fold(args, carry, state, lse_log2, begin, stop, place):
+    """FINISH of `fold_row`."""
+    store_rows(args.result_ptr, carry[0], place, args.n_q)
+
+
+@triton.jit
+def store_rows(ptr, values, place, n_q):
+    """Store a statistic of each query of a tile in [B·Hq, M]."""
+    tl.store(ptr + place.batch_head.to(tl.int64) * n_q + place.q_idx, values, mask=place.q_idx < n_q)
+
+
+@triton.jit
+def load_lse(row_ptr, q_idx, q_stop):
+    """Load the lse of queries before `q_stop` in base 2; -inf where a query sees no key: mask its weights."""
+    return tl.load(row_ptr + q_idx, mask=q_idx < q_stop, other=0.0) * LOG2_E
+
+
+@triton.jit
+def final_weights(to_logits, logits, scale, lse_log2):
+    """Return the softmax weights of unscaled logits: P = e^{S - L}."""
+    logits, factor = cap_logits(to_logits, logits, scale)
+    return tl.exp2(logits * (factor * LOG2_E) - lse_log2)
+
+
+@triton.jit
+def largest_weight(acc, logits, weights, q_idx, k_idx):
+    """Fold: the largest weight that a key gets, or a query gives; starts at 0."""
+    return tl.maximum(acc, tl.max(weights, 1))
+
+
+@triton.jit
+def squared_weights(acc, logits, weights, q_idx, k_idx):
+    """Fold: the sum of squared weights, which tells attention paid at once from attention paid in crumbs."""
+    return acc + tl.sum(weights * weights, 1)
+
+
+@triton.jit
+def add_weights(acc, logits, weights, q_idx, k_idx):
+    """Additive fold of columns: the sum of the weights; acc has a tile's shape [BLOCK_M, BLOCK_N]."""
+    return acc + weights

@@ -1,11 +1,25 @@
-"""Allocates the outputs of stage 3 and launches the forward loop with the hook that fills them."""
+"""Attention with its scores, sums and statistics: allocates outputs, and runs the loops with the hooks that fill them.
+
+Every function takes q [B, Hq, M, D], k and v [B, Hk, N, D] and, as `options`, window, softcap, sinks, key_padding_mask
+and room for results (`out`, `lse`) as `stage2_triton_forward.launch.forward` does. Inputs are taken as valid.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from stage2_triton_forward.launch import forward
+from stage2_triton_forward.hook import make_hook
+from stage2_triton_forward.launch import describable, describe_logits, forward
+from stage2_triton_forward.split_kv import attention_forward
 
-from .hooks import store_logits
+from . import hooks
+from .column_sums import softmax_col_sum
+from .hooks import RowFold
+from .linear_sums import linear_col_sum, linear_row_sum
 
 
 def attention_with_scores(
@@ -16,25 +30,211 @@ def attention_with_scores(
     sm_scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return the output, and the scores [B, Hq, M, N] in q's dtype with masked positions 0.
+    *,
+    q_begin: int = 0,
+    k_stop: int | None = None,
+    scores: Tensor | None = None,
+    compute_output: bool = True,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, lse, and the scores of queries q_begin on and keys before k_stop, in q's dtype, 0 where masked.
 
-    Args: as in `stage2_triton_forward.launch.forward`.
+    With compute_output=False the softmax and the output are left out, and output and lse are not written.
     """
-    scores, hook = _score_hook(q, k)
-    output, _ = forward(q, k, v, causal, sm_scale, dropout_p, seed, **hook)
-    return output, scores
+    batch, n_heads, n_q, _ = q.shape
+    k_stop = k.shape[2] if k_stop is None else k_stop
+    scores = q.new_empty(batch, n_heads, max(n_q - q_begin, 0), k_stop) if scores is None else scores
+    if describable(scores, copy=False) is scores:
+        hook = make_hook(
+            (q_begin,), rows=hooks.long_and_short, on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async
+        )
+        options = options | {"hook": hook, "hook_tensor": scores}
+    else:
+        args = (scores, q_begin, n_q, k_stop)
+        options = options | {
+            "hook": make_hook(args, rows=hooks.long_and_short, on_logits=hooks.store_logits, finish=hooks.store_zeros)
+        }
+    output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, compute_output=compute_output, **options)
+    return output, lse, scores
 
 
-def compute_attention_scores(q: Tensor, k: Tensor, causal: bool = False, sm_scale: float | None = None) -> Tensor:
+def compute_attention_scores(
+    q: Tensor, k: Tensor, causal: bool = False, sm_scale: float | None = None, **options
+) -> Tensor:
     """Return the scores [B, Hq, M, N] alone: the same loop with the softmax and the output left out."""
-    scores, hook = _score_hook(q, k)
-    forward(q, k, k, causal, sm_scale, **hook, compute_output=False)
+    *_, scores = attention_with_scores(q, k, k, causal, sm_scale, compute_output=False, **options)
     return scores
 
 
-def _score_hook(q: Tensor, k: Tensor) -> tuple[Tensor, dict]:
-    """Return room for the scores and the arguments of `forward` that fill it."""
+def attention_with_row_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    *,
+    algorithm: str = "linear",
+    row_sum: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, lse and raw row sums [B, Hq, M] fp32.
+
+    Args:
+        algorithm: "linear" (in O(N·D), beside the loop) or "kahan" (in the loop, with compensated summation).
+        row_sum: [B, Hq, M] fp32, where to.
+    """
+    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
+    row_sum = q.new_empty(q.shape[:3], dtype=torch.float32) if row_sum is None else row_sum
+    if algorithm == "linear":
+        add_up = partial(linear_row_sum, q, k, causal, sm_scale, out=row_sum, **_masks(options))
+        return _side_by_side(partial(attention_forward, *attend, **options), add_up, row_sum)
+    functions = {"start": hooks.start_row_sum, "on_logits": hooks.add_row_sum, "finish": hooks.store_row_sum}
+    output, lse = forward(*attend, hook=make_hook((row_sum, q.shape[2]), **functions), **options)
+    return output, lse, row_sum if k.numel() else row_sum.zero_()
+
+
+def attention_with_col_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    *,
+    algorithm: str = "linear",
+    q_begin: int = 0,
+    k_stop: int | None = None,
+    col_sum: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, lse and raw column sums [B, Hk, k_stop] fp32 over the queries from q_begin on.
+
+    Args:
+        algorithm: "linear" (in O(N·D), beside the loop), or atomics in the loop, in an order that keeps programs apart:
+            "atomic_reverse" (last key first under a causal mask, else round robin) or "atomic_round_robin".
+        col_sum: [B, Hk, k_stop] fp32, where to.
+    """
+    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
+    k_stop = k.shape[2] if k_stop is None else k_stop
+    col_sum = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if col_sum is None else col_sum
+    if algorithm == "linear":
+        region = {"q_begin": q_begin, "k_stop": k_stop, "out": col_sum}
+        add_up = partial(linear_col_sum, q, k, causal, sm_scale, **region, **_masks(options))
+        return _side_by_side(partial(attention_forward, *attend, **options), add_up, col_sum)
+    backwards = causal and algorithm == "atomic_reverse"
+    hook = make_hook(
+        (col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop),
+        order=hooks.reversed_order if backwards else hooks.round_robin,
+        on_logits=hooks.add_col_sum_atomic,
+    )
+    output, lse = forward(*attend, hook=hook, **options)
+    return output, lse, col_sum
+
+
+def attention_with_softmax_col_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    *,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    k_stop: int | None = None,
+    per_query_head: bool = False,
+    buffered: bool = False,
+    scores: Tensor | None = None,
+    col_sum: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, lse and softmax column sums [B, Hk, k_stop] fp32 over the queries q_begin to q_stop.
+
+    Args:
+        per_query_head: return [B, Hq, k_stop].
+        buffered: keep the scores of the region between the passes, [B, Hq, M - q_begin, k_stop], in place of computing
+            them twice.
+        scores: where to keep them.
+        col_sum: [B, Hk, k_stop] fp32, where to.
+    """
+    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
+    region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop}
+    stored = None
+    if buffered:
+        output, lse, stored = attention_with_scores(*attend, q_begin=q_begin, k_stop=k_stop, scores=scores, **options)
+    else:
+        output, lse = attention_forward(*attend, **options)
+    masks = _masks(options) | {"softcap": options.get("softcap")}
+    col_sum = softmax_col_sum(
+        q, k, lse, causal, sm_scale, **region, **masks, per_query_head=per_query_head, stored=stored, out=col_sum
+    )
+    return output, lse, col_sum
+
+
+def attention_with_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, lse, and of each query its entropy, largest weight and mean distance, each [B, Hq, M] fp32."""
     n_q, n_k = q.shape[2], k.shape[2]
-    scores = torch.zeros(*q.shape[:3], n_k, dtype=q.dtype, device=q.device)
-    return scores, {"on_logits": store_logits, "hook_args": (scores, n_q, n_k)}
+    stats = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)]
+    functions = {"start": hooks.start_stats, "on_weights": hooks.add_stats, "finish": hooks.store_stats}
+    hook = make_hook((*stats, n_q, n_k - n_q), **functions)
+    output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, hook=hook, **options)
+    return output, lse, *(stats if k.numel() else (x.zero_() for x in stats))
+
+
+def fold_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    fold: triton.JITFunction,
+    start: float,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    **options,
+) -> Tensor:
+    """Fold each query's logits and weights in a second walk along its keys, [B, Hq, M] fp32; see `fold_columns`."""
+    result = q.new_full(q.shape[:3], start, dtype=torch.float32)
+    args = RowFold(lse, result, float(start), q.shape[2], describe_logits(1.0, softcap, "ieee"), tl.constexpr(fold))
+    hook = make_hook(args, start=hooks.start_fold, on_logits=hooks.fold_row, finish=hooks.store_fold)
+    forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **options)
+    return result
+
+
+def _side_by_side(
+    attend: Callable[[], tuple[Tensor, Tensor]], add_up: Callable[[], Tensor], sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend, and fill `sums` on a second stream meanwhile: one waits for the tensor cores, the other for memory."""
+    if not sums.is_cuda:
+        add_up()
+        return *attend(), sums
+    main, side = torch.cuda.current_stream(sums.device), _side_stream(sums.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        add_up()
+    output, lse = attend()
+    main.wait_stream(side)
+    return output, lse, sums
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _masks(options: dict) -> dict:
+    """Return the options that say who sees whom."""
+    return {name: options.get(name) for name in ("window", "key_padding_mask")}

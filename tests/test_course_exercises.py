@@ -23,7 +23,10 @@ STAGES = {re.match(r"stage(\d+)", toml.parts[-3])[1]: toml.parent for toml in RO
 SKELETONS = {f"{n}-{file.stem}": file for n, folder in STAGES.items() for file in sorted(folder.glob("*.py"))}
 GIVEN = {"1": {"philox"}}  # modules of a stage's reference that its exercises may import: no task lies there
 # Modules that an exercise package finds in its stage's folder, and runs as its own: they import the learner's files.
-FOUND_IN_STAGE = {"2": {"interpreter", "launch", "ops", "split_kv", "tile_config"}}
+FOUND_IN_STAGE = {
+    "1": {"dense", "philox", "second_pass"},
+    "2": {"hook", "interpreter", "launch", "ops", "split_kv", "tile_config"},
+}
 SEARCHES_STAGE = {"from pathlib import Path", "__path__.append(str(Path(__file__).parent.parent))"}
 TASKS = all_tasks()
 PLACEHOLDER = re.compile(

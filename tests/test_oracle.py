@@ -43,6 +43,11 @@ def test_every_statistic_by_hand():
     torch.testing.assert_close(result.col_sum, torch.tensor([[[1.25, 3.75, -2.5]]]).double())
     torch.testing.assert_close(result.total_attention, weights.sum(2))
     torch.testing.assert_close(result.softmax_col_sum, weights.sum((1, 2))[:, None])
+    entropy = [[[sum(-p * math.log(p) for p in row if p > 0) for row in head] for head in weights[0].tolist()]]
+    torch.testing.assert_close(result.entropy, torch.tensor(entropy).double())
+    torch.testing.assert_close(result.max_weight, weights.max(-1).values)
+    distance = torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, 0.0]]).double()  # query i stands at key i + 1
+    torch.testing.assert_close(result.mean_distance, (weights * distance).sum(-1))
     torch.testing.assert_close(result.cross_token_qk_sum, torch.tensor([[[1.25]]]).double())
     torch.testing.assert_close(result.cross_token_softmax_sum, weights[:, :, 1, :1].sum(1, keepdim=True))
 
@@ -78,6 +83,27 @@ def test_sink_takes_its_share():
     with_sink = torch.cat([result.scores, torch.full((1, 1, 5, 1), 2.0).double()], -1).softmax(-1)[..., :5]
     torch.testing.assert_close(result.weights, with_sink)
     assert (result.weights.sum(-1) < 1).all()
+    torch.testing.assert_close(result.entropy, -(with_sink * with_sink.log()).sum(-1))
+    torch.testing.assert_close(result.max_weight, with_sink.amax(-1))
+
+
+@pytest.mark.parametrize("sink", [0.0, math.log(2.0), -math.inf])
+def test_row_statistics_of_uniform_weights(sink):
+    """The two queries stand at keys 2 and 3; they see 4 keys of weight 1 each, and a sink of weight e^sink."""
+    q, k = torch.zeros(1, 1, 2, 4).double(), torch.randn(1, 1, 4, 4).double()
+    result = naive_attention(q, k, k, sinks=torch.tensor([sink]).double())
+    p = 1 / (4 + math.exp(sink))
+    torch.testing.assert_close(result.entropy, torch.full((1, 1, 2), -4 * p * math.log(p)).double())
+    torch.testing.assert_close(result.max_weight, torch.full((1, 1, 2), p).double())
+    torch.testing.assert_close(
+        result.mean_distance, torch.tensor([[[(2 + 1 + 0 + 1) / 4, (3 + 2 + 1 + 0) / 4]]]).double()
+    )
+
+
+def test_row_statistics_of_a_single_key():
+    q, k = 100 * torch.ones(1, 1, 1, 1), torch.tensor([1.0, 1.0, 9.0, 1.0]).view(1, 1, 4, 1)
+    result = naive_attention(q, k, k)
+    assert (result.entropy.item(), result.max_weight.item(), result.mean_distance.item()) == (0, 1, 1)
 
 
 def test_softcap_bounds_the_logits():
@@ -93,6 +119,8 @@ def test_padding_and_rows_that_see_nothing():
     torch.testing.assert_close(result.output[0, 0, :2], torch.zeros(2, 4))
     torch.testing.assert_close(result.lse[0, 0, :2], torch.full((2,), -math.inf))
     torch.testing.assert_close(result.softmax_col_sum[0, 0, :2], torch.zeros(2))
+    for name in ("entropy", "max_weight", "mean_distance"):
+        torch.testing.assert_close(getattr(result, name)[0, 0, :2], torch.zeros(2))
     alone = naive_attention(q[:1, :, 2:], k[:1, :, 2:], v[:1, :, 2:], True)
     torch.testing.assert_close(result.output[:1, :, 2:], alone.output)
 
@@ -133,3 +161,5 @@ def test_empty_tensors(shape):
     torch.testing.assert_close(result.output, torch.zeros(batch, heads, n_q, 4))
     torch.testing.assert_close(result.lse, torch.full((batch, heads, n_q), -math.inf))
     torch.testing.assert_close(result.softmax_col_sum, torch.zeros(batch, heads, n_k))
+    for name in ("entropy", "max_weight", "mean_distance"):
+        torch.testing.assert_close(getattr(result, name), torch.zeros(batch, heads, n_q))

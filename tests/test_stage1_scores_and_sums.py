@@ -58,6 +58,32 @@ def test_hooks_with_masks(hooks, tiled_forward, name, options):
     assert_right(name, hooked(hooks, tiled_forward, name, q, k, v, True, **options), oracle, naive)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 2.0}, {"padding": True}], ids=str)
+@pytest.mark.parametrize("split", [0, 1, 16, 21, 33])
+@pytest.mark.parametrize("n", [(33, 50), (50, 50), (50, 33)], ids=str)
+def test_hooks_col_sum_across_a_split(hooks, tiled_forward, n, split, options):
+    q, k, v = make_qkv(Case(2, 4, 2, *n, 16, True))
+    options = dict(options)
+    if options.pop("padding", False):
+        options["key_padding_mask"] = torch.rand(2, n[1]) > 0.4
+    oracle, naive = references(q, k, v, True, split=split, **options)
+    hook = hooks.AddColSum(q, k, q_begin=split, k_stop=split)
+    tiled_forward.tiled_attention(q, k, v, True, on_logits=hook, **options)
+    assert_right("cross_token_qk_sum", hook.col_sum, oracle, naive, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (7, 5), (64, 64)], ids=str)
+@pytest.mark.parametrize("region", [(20, 50), (0, 17), (32, 3), (33, 50), (5, 0)], ids=str)
+def test_hooks_col_sum_of_a_region(hooks, tiled_forward, region, tiles):
+    q, k, v = make_qkv(CACHE, torch.float64)
+    q_begin, k_stop = region
+    hook = hooks.AddColSum(q, k, q_begin, k_stop)
+    tiled_forward.tiled_attention(q, k, v, True, on_logits=hook, block_m=tiles[0], block_n=tiles[1])
+    oracle, _ = references(q, k, v, True)
+    expected = oracle.scores[:, :, q_begin:, :k_stop].sum(-2).unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(hook.col_sum, expected)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_softmax_col_sum_matches_oracle(tiled_forward, case):
     q, k, v = make_qkv(case)

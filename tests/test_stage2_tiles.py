@@ -9,7 +9,8 @@ from helpers import Case, make_qkv
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
-from stage2_triton_forward.forward_kernel import Logits, Tiles, ignore_logits  # noqa: E402
+from stage2_triton_forward.forward_kernel import Logits, Tiles  # noqa: E402
+from stage2_triton_forward.hook import PLAIN, Place  # noqa: E402
 from stage2_triton_forward.launch import descriptor, key_mask  # noqa: E402
 from stage2_triton_forward.tiles import Dropout, SoftmaxState  # noqa: E402
 
@@ -132,8 +133,8 @@ def test_online_softmax_step(tiles, device, magnitude):
 
 @triton.jit
 def loop_kernel(
-    q_desc, k_desc, v_desc, max_ptr, sum_ptr, acc_ptr, mask, to_logits, dropout, tiles, begin, stop,
-    MASKED: tl.constexpr, N_HEADS: tl.constexpr, ATTEND_KEYS: tl.constexpr, ON_LOGITS: tl.constexpr,
+    q_desc, k_desc, v_desc, max_ptr, sum_ptr, acc_ptr, mask, to_logits, dropout, tiles, hook, begin, stop,
+    MASKED: tl.constexpr, N_HEADS: tl.constexpr, ATTEND_KEYS: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = tiles.BLOCK_M
     DV: tl.constexpr = tiles.BLOCK_DV
@@ -145,10 +146,10 @@ def loop_kernel(
     state = SoftmaxState(
         tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DV], tl.float32)
     )
-    state = ATTEND_KEYS(
-        state, begin, stop, MASKED,
-        q_tile, k_desc, v_desc, to_logits.scale, mask, to_logits, dropout, tiles, (),
-        batch, head, batch_head, q_idx, True, ON_LOGITS,
+    state, _ = ATTEND_KEYS(
+        state, (), begin, stop, MASKED,
+        q_tile, k_desc, v_desc, to_logits.scale, mask, to_logits, dropout, tiles, hook,
+        Place(batch, head, batch_head, 0, q_idx, q_desc), True,
     )  # fmt: skip
     tl.store(max_ptr + batch_head * M + q_idx, state.row_max)
     tl.store(sum_ptr + batch_head * M + q_idx, state.row_sum)
@@ -170,12 +171,12 @@ def test_attend_keys(graded, device, begin, stop, masked, dtype):
         Logits(0.2, 1.0, *map(tl.constexpr, (1, False, "ieee"))),
         Dropout(0, 0, 1.0, tl.constexpr(False)),
         Tiles(*map(tl.constexpr, (2, 16, 16, 32, 32))),
+        PLAIN,
         begin,
         stop,
         MASKED=masked,
         N_HEADS=4,
         ATTEND_KEYS=graded("stage2_triton_forward", "forward_kernel").attend_keys,
-        ON_LOGITS=ignore_logits,
     )
     logits = 0.2 * q.double() @ k.double().repeat_interleave(2, 1).mT
     if masked:

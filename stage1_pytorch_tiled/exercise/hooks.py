@@ -33,11 +33,14 @@ class AddRowSum:
 class AddColSum:
     """Sums each key's scores over the queries that see it and over the head group."""
 
-    def __init__(self, q: Tensor, k: Tensor):
-        """Make room for `col_sum` [B, Hk, N], fp32 (fp64 for fp64 inputs)."""
-        self.col_sum = k.new_zeros(k.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    def __init__(self, q: Tensor, k: Tensor, q_begin: int = 0, k_stop: int | None = None):
+        """Make room for `col_sum` [B, Hk, k_stop], fp32 (fp64 for fp64 inputs): rows `q_begin:`, keys `:k_stop`."""
+        self.q_begin = q_begin
+        self.col_sum = k.new_zeros(k[:, :, :k_stop].shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
     def __call__(self, tile: LogitsTile) -> None:
+        skip = max(self.q_begin - tile.q_rows.start, 0)  # rows of the tile that lie before q_begin
+        col_sum = self.col_sum[..., tile.k_cols]  # a view, cut off at k_stop
         raise NotImplementedError("Task 1.11: add the tile's visible scores, summed over queries and head group")
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .hook import Place
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -41,11 +42,6 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def ignore_logits(hook_args, logits, visible, q_idx, k_idx, batch_head):
-    """The hook of plain attention: the compiler removes it."""
-
-
-@triton.jit
 def forward_kernel(
     q_desc,  # [B, Hq, M, D]
     k_desc,  # [B, Hk, N, D]
@@ -54,11 +50,12 @@ def forward_kernel(
     lse_ptr,  # [splits·B, Hq, M]
     sinks_ptr,  # [Hq]
     descale_ptr,  # [2]: factors on q·kᵀ and on v, for fp8
+    hook_desc,  # the hook's own, or any
     mask,
     to_logits,
     dropout,
     tiles,
-    hook_args,
+    hook,
     n_batches,
     heads_together,
     N_HEADS: tl.constexpr,
@@ -67,9 +64,8 @@ def forward_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_DESCALE: tl.constexpr,
     COMPUTE_OUTPUT: tl.constexpr,
-    ON_LOGITS: tl.constexpr,
 ):
-    """Attention of one query tile, with `ON_LOGITS(hook_args, logits, visible, q_idx, k_idx, batch_head)` at each tile.
+    """Attention of one query tile, with a caller's hook at each of its tiles of logits and weights (see `hook.py`).
 
     Grid: (query tiles of all heads, splits of the keys). Heads come `heads_together` at a time, so that their keys and
     values stay in L2; among those, the longest causal rows of every head come first, so that no long row starts last.
@@ -83,9 +79,7 @@ def forward_kernel(
     if N_SPLITS > 1:
         tl.static_assert(False, "Task 2.10: which keys are this split's; cut the four positions to them")
 
-    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
-    if to_logits.SIGN != 1:
-        q_tile = (q_tile.to(tl.float32) * to_logits.SIGN).to(q_tile.dtype)
+    q_tile = with_sign(load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D), to_logits.SIGN)
     scale = to_logits.scale
     if HAS_DESCALE:
         scale = scale * tl.load(descale_ptr)
@@ -95,22 +89,24 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
+    place = Place(batch, head, batch_head, q_start, q_idx, hook_desc)
+    carry = hook.START(hook.args, place)
     if mask.HAS_LEFT:  # where the window begins
-        state = attend_keys(
-            state, begin, tl.minimum(whole_begin, stop), True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        state, carry = attend_keys(
+            state, carry, begin, tl.minimum(whole_begin, stop), True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+            place, COMPUTE_OUTPUT,
         )  # fmt: skip
-    state = attend_keys(
-        state, whole_begin, whole_stop, False,
-        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-        batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+    state, carry = attend_keys(
+        state, carry, whole_begin, whole_stop, False,
+        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+        place, COMPUTE_OUTPUT,
     )  # fmt: skip
     if HAS_TAIL:  # the diagonal, and keys that do not fill a tile
-        state = attend_keys(
-            state, whole_stop, stop, True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-            batch, head, batch_head, q_idx, COMPUTE_OUTPUT, ON_LOGITS,
+        state, carry = attend_keys(
+            state, carry, whole_stop, stop, True,
+            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+            place, COMPUTE_OUTPUT,
         )  # fmt: skip
 
     if COMPUTE_OUTPUT:
@@ -127,35 +123,55 @@ def forward_kernel(
         )  # O = diag(l)⁻¹·O
         lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * mask.n_q
         tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < mask.n_q)
+    visited_stop = tl.maximum(begin, tl.cdiv(stop, tiles.BLOCK_N) * tiles.BLOCK_N)
+    hook.FINISH(hook.args, carry, state, lse_log2, begin, visited_stop, place)
 
 
 @triton.jit
 def attend_keys(
-    state, begin, stop, MASKED: tl.constexpr,
-    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook_args,
-    batch, head, batch_head, q_idx, COMPUTE_OUTPUT: tl.constexpr, ON_LOGITS: tl.constexpr,
+    state, carry, begin, stop, MASKED: tl.constexpr,
+    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
+    place, COMPUTE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
     BLOCK_N: tl.constexpr = tiles.BLOCK_N
     for k_start in tl.range(begin, stop, BLOCK_N, disable_licm=MASKED):
+        k_start = hook.ORDER(hook.args, k_start, begin, stop, place, BLOCK_N)
         k_start = tl.multiple_of(k_start, BLOCK_N)
         k_idx = k_start + tl.arange(0, BLOCK_N)
         tl.static_assert(False, "Task 2.6: step 1: the key head, a tile of its keys, and the logits, not scaled yet")
-        visible = visible_tile(mask, batch, q_idx, k_idx)
-        in_rows = (q_idx < mask.n_q)[:, None]
-        ON_LOGITS(hook_args, logits * scale, visible & in_rows, q_idx, k_idx, batch_head)
+        in_rows = (place.q_idx < mask.n_q)[:, None]
+        if MASKED or mask.HAS_PADDING:
+            visible = visible_tile(mask, place.batch, place.q_idx, k_idx)
+            in_rows = visible & in_rows
+        carry = hook.ON_LOGITS(hook.args, carry, logits * scale, in_rows, place, k_start)
         if COMPUTE_OUTPUT:
-            factor = scale
-            if to_logits.HAS_SOFTCAP:
-                logits = tanh(logits * (scale / to_logits.softcap))
-                factor = to_logits.softcap
+            logits, factor = cap_logits(to_logits, logits, scale)
             tl.static_assert(False, "Task 2.6: step 2: mask where needed, then the softmax step")
             if dropout.ENABLED:
-                weights = drop_tile(dropout, weights, batch_head, q_idx, k_idx)
+                weights = drop_tile(dropout, weights, place.batch_head, place.q_idx, k_idx)
             tl.static_assert(False, "Task 2.6: step 3: a tile of v, and below, weights times v joins the output")
             if v_tile.dtype.primitive_bitwidth == 8:  # fp8 weights would lose what the logits gained
                 v_tile = v_tile.to(tl.bfloat16)
-    return state
+    return state, carry
+
+
+@triton.jit
+def with_sign(tile, SIGN: tl.constexpr):
+    """Return the tile times the sign of the scale: the online softmax takes the max before it scales."""
+    if SIGN != 1:
+        tile = (tile.to(tl.float32) * SIGN).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def cap_logits(to_logits, logits, scale):
+    """Return (x, factor) such that x·factor are the capped logits of unscaled ones; without softcap nothing is done."""
+    factor = scale
+    if to_logits.HAS_SOFTCAP:
+        logits = tanh(logits * (scale / to_logits.softcap))
+        factor = to_logits.softcap
+    return logits, factor
 
 
 @triton.jit

@@ -1,0 +1,277 @@
+"""Attention with sums of its scores: over rows, over columns, and from one part of the sequence to another.
+
+q [B, Hq, M, D], k [B, Hk, N, D], v [B, Hk, N, Dv], and the options window, softcap, sinks, key_padding_mask, seed and
+backend are those of `attention` in all functions here. Raw sums add up sm_scale·q·kᵀ before softcap, softmax sums the
+weights before dropout; what a mask hides adds nothing. Sums are fp32 (fp64 for fp64 inputs).
+"""
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, checked_problem
+from .validation import check_buffer, check_choice, check_flag, check_split
+from .workspace import buffer
+
+ROW_SUM_ALGORITHMS = ("linear", "kahan")
+COL_SUM_ALGORITHMS = ("linear", "atomic_reverse", "atomic_round_robin")
+
+
+def attention_with_row_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    algorithm: str = "linear",
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and, of each query, the sum of its raw scores.
+
+    Args:
+        algorithm: "linear" adds up the keys before it multiplies, in O(N·D); "kahan" adds up scores inside of the
+            attention loop, with compensated summation. The PyTorch backend has one algorithm, its loop.
+        others: see the module.
+
+    Returns:
+        output [B, Hq, M, Dv] in q's dtype, and row sums [B, Hq, M]; 0 for a row that sees no key.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range; the message names it.
+    """
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    check_choice("algorithm", algorithm, ROW_SUM_ALGORITHMS)
+    output, _, row_sum = problem.run("attention_with_row_sum", algorithm=algorithm)
+    return output, row_sum
+
+
+def attention_with_col_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    algorithm: str = "linear",
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and, of each key, the sum of its raw scores over queries and over the head group.
+
+    Args:
+        algorithm: "linear" adds up the queries before it multiplies, in O(N·D). "atomic_reverse" and
+            "atomic_round_robin" add up scores inside of the attention loop by atomic additions, whose order, and with
+            it the last bits, may change from run to run; the names say in which order keys are visited. The PyTorch
+            backend has one algorithm, its loop.
+        others: see the module.
+
+    Returns:
+        output [B, Hq, M, Dv] in q's dtype, and column sums [B, Hk, N].
+
+    Raises:
+        TypeError, ValueError: as in `attention_with_row_sum`.
+    """
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    check_choice("algorithm", algorithm, COL_SUM_ALGORITHMS)
+    output, _, col_sum = problem.run("attention_with_col_sum", algorithm=algorithm)
+    return output, col_sum
+
+
+def attention_with_col_sum_sequential(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention_with_col_sum` with algorithm="atomic_round_robin": the same sums, atomically."""
+    return attention_with_col_sum(q, k, v, causal, sm_scale, dropout_p, algorithm="atomic_round_robin", **options)
+
+
+def attention_with_softmax_col_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and the attention that each key gets, over queries and over the head group.
+
+    Two passes: a weight needs its row's final normaliser, which only the first pass knows.
+
+    Args:
+        q_begin, q_stop: count the queries from q_begin to q_stop only (None: to the last); the last w for M - w.
+        others: see the module.
+
+    Returns:
+        output [B, Hq, M, Dv] in q's dtype, and softmax column sums [B, Hk, N]. Over all queries those of a key head add
+        up to the number of rows that see a key (less what sinks take).
+
+    Raises:
+        TypeError, ValueError: as in `attention_with_row_sum`.
+
+    Source: H2O (Zhang et al. 2023) and SnapKV (Li et al. 2024) choose what to keep by such sums.
+    """
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    q_stop = q.shape[2] if q_stop is None else q_stop
+    if any(isinstance(x, bool) or not isinstance(x, int) for x in (q_begin, q_stop)):
+        raise TypeError(f"q_begin and q_stop must be ints, got {q_begin!r} and {q_stop!r}")
+    if not 0 <= q_begin <= q_stop <= q.shape[2]:
+        raise ValueError(
+            f"q_begin and q_stop must be 0 <= q_begin <= q_stop <= {q.shape[2]}, got {q_begin} and {q_stop}"
+        )
+    output, _, col_sum = problem.run("attention_with_softmax_col_sum", q_begin=q_begin, q_stop=q_stop)
+    return output, col_sum
+
+
+def attention_cross_token_qk_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: int,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    algorithm: str = "linear",
+    out: Tensor | None = None,
+    cross_token_qk_out: Tensor | None = None,
+    reuse_buffers: bool = False,
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and, of each key before `split`, the sum of its raw scores with the queries from `split` on.
+
+    Args:
+        split: where to cut, in [0, N]; 0 gives an empty sum.
+        algorithm: as in `attention_with_col_sum`.
+        out: [B, Hq, M, Dv] in q's dtype, contiguous, where the output goes.
+        cross_token_qk_out: [B, Hk, split] fp32 (fp64 for fp64 inputs), contiguous, where the sums go.
+        reuse_buffers: return tensors from a workspace, which the next call with the same shapes on the same stream
+            overwrites; within a CUDA graph they are the graph's own.
+        others: see the module.
+
+    Returns:
+        output [B, Hq, M, Dv] in q's dtype, and sums [B, Hk, split].
+
+    Raises:
+        TypeError, ValueError: as in `attention_with_row_sum`; a buffer is of the wrong kind or overlaps an input.
+    """
+    check_choice("algorithm", algorithm, COL_SUM_ALGORITHMS)
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    given = {"out": out, "cross_token_qk_out": cross_token_qk_out}
+    return _cross_token(problem, split, "attention_with_col_sum", given, reuse_buffers, algorithm=algorithm)
+
+
+def attention_cross_token_softmax_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: int,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    out: Tensor | None = None,
+    cross_token_softmax_out: Tensor | None = None,
+    reuse_buffers: bool = False,
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention and the attention that each key before `split` gets from the queries from `split` on.
+
+    Weights are normalised over the whole row, keys from `split` on included.
+
+    Args:
+        cross_token_softmax_out: [B, Hk, split] fp32 (fp64 for fp64 inputs), contiguous, where the sums go.
+        others: as in `attention_cross_token_qk_sum`.
+
+    Returns:
+        output [B, Hq, M, Dv] in q's dtype, and sums [B, Hk, split].
+
+    Raises:
+        TypeError, ValueError: as in `attention_cross_token_qk_sum`.
+    """
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
+    return _cross_token(problem, split, "attention_with_softmax_col_sum", given, reuse_buffers)
+
+
+def attention_cross_token_softmax_sum_buffered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: int,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    dropout_p: float = 0.0,
+    *,
+    out: Tensor | None = None,
+    cross_token_softmax_out: Tensor | None = None,
+    reuse_buffers: bool = False,
+    seed: int | None = None,
+    backend: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention_cross_token_softmax_sum`, keeping the region's scores between its two passes.
+
+    It needs (M - split)·split elements for each query head, and is there for comparison: computing the scores twice
+    costs less than writing and reading them. The PyTorch backend keeps nothing.
+    """
+    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
+    return _cross_token(problem, split, "attention_with_softmax_col_sum", given, reuse_buffers, buffered=True)
+
+
+def _cross_token(
+    problem: Problem, split: int, name: str, given: dict[str, Tensor | None], reuse_buffers: bool, **own
+) -> tuple[Tensor, Tensor]:
+    """Run `name` on queries from `split` on and keys before it, into the buffers given or those of the workspace."""
+    q, k, v = problem[:3]
+    check_split(split, k.shape[2])
+    check_flag("reuse_buffers", reuse_buffers)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shapes = [((*q.shape[:3], v.shape[3]), q.dtype), ((*k.shape[:2], split), wide)]
+    taken = {"q": q, "k": k, "v": v}
+    for (argument, x), (shape, dtype) in zip(given.items(), shapes, strict=True):
+        if x is not None:
+            check_buffer(argument, x, shape, dtype, taken)
+            taken[argument] = x
+    q_begin = min(split, q.shape[2])
+    region = {"q_begin": q_begin, "k_stop": split}
+    if not reuse_buffers and all(x is None for x in given.values()):
+        output, _, sums = problem.run(name, **region, **own)
+        return output, sums
+
+    def room(argument, shape, dtype):
+        return buffer(f"{name} {argument}", shape, dtype, q.device) if reuse_buffers else None
+
+    output, sums = (
+        room(argument, *kind) if x is None else x for (argument, x), kind in zip(given.items(), shapes, strict=True)
+    )
+    if problem.backend == "pytorch":
+        results = problem.run(name, **region, **own)
+        return tuple(
+            x if to is None else to.copy_(x) for to, x in zip((output, sums), (results[0], results[2]), strict=True)
+        )
+    buffers = {"out": output, "lse": room("lse", q.shape[:3], wide), "col_sum": sums}
+    if own.get("buffered"):
+        buffers["scores"] = room("scores", (*q.shape[:2], q.shape[2] - q_begin, split), q.dtype)
+    output, _, sums = problem.run(name, buffers, **region, **own)
+    return output, sums

@@ -1,0 +1,110 @@
+"""Sums of softmax weights down the columns: a second pass, because a weight needs its row's final normaliser."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stage1_pytorch_tiled.tiled_forward import Window
+from stage2_triton_forward.forward_kernel import Tiles
+from stage2_triton_forward.launch import (
+    default_scale,
+    describe_logits,
+    descriptor,
+    device_of,
+    key_mask,
+    padded_head_dim,
+)
+
+from .column_sum_kernel import Region, column_sum_kernel
+from .hooks import add_weights
+from .tile_config import column_sum_config
+
+
+def softmax_col_sum(q: Tensor, k: Tensor, lse: Tensor, *args, per_query_head: bool = False, **options) -> Tensor:
+    """Sum each key's softmax weight over the queries.
+
+    Args:
+        q, k, lse and the others: as in `fold_columns`.
+        per_query_head: keep the heads of a group apart.
+
+    Returns:
+        [B, Hk, k_stop] fp32, or [B, Hq, k_stop] with per_query_head.
+    """
+    return fold_columns(q, k, lse, add_weights, 0.0, *args, per_query_head=per_query_head, additive=True, **options)
+
+
+def fold_columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    fold: triton.JITFunction,
+    start: float,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    *,
+    window: Window = None,
+    softcap: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    k_stop: int | None = None,
+    per_query_head: bool = False,
+    additive: bool = False,
+    stored: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Fold the columns of logits and weights, with each key tile in the hands of one program.
+
+    Args:
+        q, k, causal, sm_scale, window, softcap, key_padding_mask: as in the forward pass.
+        lse: [B, Hq, M] fp32, from the forward pass on the same inputs.
+        fold: `@triton.jit` (acc, logits, weights, q_idx, k_idx) -> acc, see `hooks.add_weights`.
+        start: what acc starts with.
+        q_begin, q_stop, k_stop: count queries q_begin to q_stop and keys before k_stop only; None for all.
+        per_query_head: fold each query head apart, and not those of a group into one.
+        additive: whether the folds of several heads may be added up, so that each can have programs of its own.
+        stored: [B, Hq, q_stop - q_begin, k_stop], the scores of that region, read instead of computed again.
+        out: [B, Hk, k_stop] fp32 (or Hq), where to.
+
+    Returns:
+        out.
+    """
+    batch, n_heads, n_q, _ = q.shape
+    n_kv_heads, n_k = k.shape[1], k.shape[2]
+    group = n_heads // n_kv_heads
+    q_stop, k_stop = n_q if q_stop is None else q_stop, n_k if k_stop is None else k_stop
+    config = column_sum_config(q)
+    n_tiles = triton.cdiv(k_stop, config.block_n)
+    heads = 1 if per_query_head or additive else group  # more programs balance better than they cost to add up
+    shape = (batch, n_heads if per_query_head else n_kv_heads, k_stop)
+    out = q.new_empty(shape, dtype=torch.float32) if out is None else out
+    if out.numel() == 0 or q_begin >= q_stop:
+        return out.fill_(start)
+    parts = out if heads == group or per_query_head else out.new_empty(batch, n_heads, k_stop)
+    mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=out)
+    constants = (group, config.block_m, config.block_n, *[padded_head_dim(q.shape[3], q.dtype)] * 2)
+    with device_of(q):
+        column_sum_kernel[(batch * n_heads // heads, n_tiles)](
+            descriptor(q, config.block_m),
+            descriptor(k, config.block_n),
+            lse,
+            lse if stored is None else stored,
+            parts,
+            mask,
+            describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),
+            Tiles(*map(tl.constexpr, constants)),
+            Region(q_begin, q_stop, k_stop),
+            float(start),
+            N_HEADS=n_heads,
+            HEADS=heads,
+            HAS_TAIL=mask.HAS_LEFT.value or (q_stop - q_begin) % config.block_m != 0,
+            STORED=stored is not None,
+            ADDITIVE=additive,
+            FOLD=fold,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if parts is not out:
+        torch.sum(parts.view(batch, n_kv_heads, group, k_stop), 2, out=out)
+    return out

@@ -34,6 +34,7 @@ from stage3_scores_and_sums.linear_sums import linear_col_sum, linear_row_sum
 ROWS = torch.empty(1, 4, 256)  # a statistic of every query, such as the lse
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+
 @triton.jit
 def add_up(acc, logits, weights, q_idx, k_idx):
     """Sum the weights: a reduction as a user would write it."""

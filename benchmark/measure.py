@@ -18,6 +18,16 @@ def median_ms(call: Callable[[], object], warmup_ms: int = 25, rep_ms: int = 100
     return triton.testing.do_bench(call, warmup=warmup_ms, rep=rep_ms, return_mode="median")
 
 
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Capture a call in a CUDA graph; its replay takes the GPU's time, and none of Python's."""
+    call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 3, **kwargs) -> dict[str, list[float]]:
     """Time several calls in turn, `rounds` times over, so that drift of the clocks touches all alike."""
     times = {name: [] for name in calls}

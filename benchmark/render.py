@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = [ROOT / "README.md", ROOT / "stage2_triton_forward" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("stage*/README.md"))]
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PEERS = ("cuDNN", "SDPA-FA2", "FlexAttention")
 
@@ -66,10 +66,57 @@ def fp8() -> str:
     return table(header, rows) + "\n" + origin(result)
 
 
+def scores() -> str:
+    """Scores, sums and statistics beside plain attention."""
+    result = load("scores")
+    lengths = sorted({r["n"] for r in result["rows"]})
+    cells = {(r["operator"], r["n"]): r for r in result["rows"]}
+    rows = []
+    for operator in dict.fromkeys(r["operator"] for r in result["rows"]):
+        found = [cells[operator, n] for n in lengths]
+        rows.append([operator, *(f"{r['ms']:.3f}" for r in found), *(f"{r['ratio']:.2f}×" for r in found)])
+    header = ["ms", *(f"N = {n}" for n in lengths), *(f"÷ attention, {n}" for n in lengths)]
+    about = "B = 1, 32 query heads on 8 key heads, D = 128, fp16, causal, split at 3N/4; replays of CUDA graphs.\n\n"
+    return about + table(header, rows) + "\n" + origin(result)
+
+
+def contention() -> str:
+    """Column sums by atomics, in each order."""
+    result = load("contention")
+    orders = list(dict.fromkeys(r["order"] for r in result["rows"]))
+    rows = []
+    for n, causal in dict.fromkeys((r["n"], r["causal"]) for r in result["rows"]):
+        times = {r["order"]: r["ms"] for r in result["rows"] if (r["n"], r["causal"]) == (n, causal)}
+        rows.append([f"{n} {'causal' if causal else 'full'}", *(f"{times[order]:.3f}" for order in orders)])
+    return table(["N, mask (ms)", *orders], rows) + "\n" + origin(result)
+
+
+def accuracy() -> str:
+    """The error of raw sums against float64."""
+    result = load("accuracy")
+    rows = [
+        [f"{r['sum']}, {r['algorithm']}", r["dtype"], f"{r['max_error']:.1e}", f"{r['relative']:.1e}"]
+        for r in result["rows"]
+    ]
+    length = result["rows"][0]["n"]
+    header = [f"sum, algorithm (N = {length})", "inputs", "largest error", "÷ largest sum"]
+    return table(header, rows) + "\n" + origin(result)
+
+
+def memory() -> str:
+    """Memory beyond inputs and output."""
+    result = load("memory")
+    rows = [[r["operator"], f"{r['beyond_mb']:.1f} MB", f"{r['scores_mb'] / 1e6:.1f} TB"] for r in result["rows"]]
+    header = [f"N = {result['rows'][0]['n']}", "beyond inputs and output", "the matrix would be"]
+    return table(header, rows) + "\n" + origin(result)
+
+
+MAKERS = {maker.__name__: maker for maker in (forward, decode, fp8, scores, contention, accuracy, memory)}
+
+
 def render(page: str) -> str:
     """Return a page with its tables made anew."""
-    makers = {"forward": forward, "decode": decode, "fp8": fp8}
-    return MARKER.sub(lambda match: f"{match[1]}{makers[match[2]]()}{match[3]}", page)
+    return MARKER.sub(lambda match: f"{match[1]}{MAKERS[match[2]]()}{match[3]}", page)
 
 
 def main() -> None:

@@ -69,6 +69,26 @@ def fp8(out: Out = RESULTS) -> None:
 
 
 @app.command()
+def scores(out: Out = RESULTS) -> None:
+    """Time scores, sums and statistics beside plain attention and its peers, in ms."""
+    need_gpu()
+    from benchmark.scores import score_rows
+
+    record("scores", score_rows(), ["operator", "n", "ms", "ratio", "eager_ms", "right"], out)
+
+
+@app.command()
+def sums(out: Out = RESULTS) -> None:
+    """Measure the sums' memory at N = 131072, their accuracy at N = 65536, and what contended atomics cost."""
+    need_gpu()
+    from benchmark.scores import accuracy_rows, contention_rows, memory_rows
+
+    record("memory", memory_rows(), ["operator", "n", "beyond_mb", "scores_mb", "sum_error"], out)
+    record("accuracy", accuracy_rows(), ["sum", "algorithm", "dtype", "n", "max_error", "relative"], out)
+    record("contention", contention_rows(), ["order", "n", "causal", "ms"], out)
+
+
+@app.command()
 def search(out: Out = RESULTS) -> None:
     """Search for the forward loop's tile sizes, for `tile_config.py`; rows come best first for each shape."""
     need_gpu()

@@ -33,7 +33,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def forward() -> str:
     """The forward pass beside its peers."""
-    result = load("forward")
+    return beside_peers(load("forward"))
+
+
+def backward() -> str:
+    """The backward pass beside its peers."""
+    return beside_peers(load("backward"))
+
+
+def beside_peers(result: dict) -> str:
+    """Our TFLOP/s beside those of others."""
     rows = []
     for row in result["rows"]:
         ours = row["ours"]["tflops"]
@@ -111,7 +120,7 @@ def memory() -> str:
     return table(header, rows) + "\n" + origin(result)
 
 
-MAKERS = {maker.__name__: maker for maker in (forward, decode, fp8, scores, contention, accuracy, memory)}
+MAKERS = {maker.__name__: maker for maker in (forward, backward, decode, fp8, scores, contention, accuracy, memory)}
 
 
 def render(page: str) -> str:

@@ -89,6 +89,15 @@ def sums(out: Out = RESULTS) -> None:
 
 
 @app.command()
+def backward(out: Out = RESULTS) -> None:
+    """Time the backward pass beside cuDNN, FlashAttention-2 and FlexAttention, in TFLOP/s."""
+    need_gpu()
+    from benchmark.backward import backward_rows
+
+    record("backward", backward_rows(), ["shape", "ours", "cuDNN", "SDPA-FA2", "FlexAttention", "right"], out)
+
+
+@app.command()
 def search(out: Out = RESULTS) -> None:
     """Search for the forward loop's tile sizes, for `tile_config.py`; rows come best first for each shape."""
     need_gpu()

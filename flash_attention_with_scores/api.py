@@ -70,10 +70,9 @@ def attention(
     if problem.backend == "pytorch":
         output, lse = problem.run("attention")
     else:
-        from stage2_triton_forward.ops import forward_op
-
         left, right = window_sides(window)
         descale = None if descales is None else _fold_descales(descales, q.device)
+        forward_op = kernels("forward").forward_op
         output, lse = forward_op(*problem[:7], left, right, softcap, sinks, key_padding_mask, descale)
     return (output, lse) if return_lse else output
 

@@ -1,5 +1,7 @@
 """One call of the library: its arguments checked, its backend chosen."""
 
+import importlib
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -7,9 +9,17 @@ import torch
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
+from stage4_backward.autograd import TiledAttentionFunc
 
 from . import pytorch_backend
 from .validation import check_attention, check_backend, check_features
+
+STATISTICS = {  # the field of `Gradients` that a function's third result is
+    "attention_with_scores": "scores",
+    "attention_with_row_sum": "row_sum",
+    "attention_with_col_sum": "col_sum",
+    "attention_with_softmax_col_sum": "softmax_col_sum",
+}
 
 
 class Problem(NamedTuple):
@@ -33,11 +43,20 @@ class Problem(NamedTuple):
             buffers: where results go, by the launch function's names; the kernels write there and allocate nothing.
             own: the function's own arguments.
         """
-        attend = (self.q, self.k, self.v, self.causal, self.sm_scale, self.dropout_p, self.seed)
-        if self.backend == "triton" and buffers:
-            return getattr(kernels("launch"), name)(*attend, **self.options, **own, **buffers)
-        module = pytorch_backend if self.backend == "pytorch" else kernels("ops")
-        return getattr(module, name)(*attend, **self.options, **own)
+        inputs, arguments = (self.q, self.k, self.v), (self.causal, self.sm_scale, self.dropout_p, self.seed)
+        sinks = self.options["sinks"]
+        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, sinks))
+        if buffers and differentiable:
+            raise ValueError("buffers and reuse_buffers do not go with gradients: call under torch.no_grad()")
+        if self.backend == "triton":
+            module, buffers = (kernels("launch"), buffers) if buffers else (kernels("ops"), {})
+            return getattr(module, name)(*inputs, *arguments, **self.options, **own, **buffers)
+        attend = partial(getattr(pytorch_backend, name), *inputs, *arguments, **self.options, **own)
+        if not differentiable:
+            return attend()
+        options = {option: x for option, x in self.options.items() if option != "sinks"}
+        region = {argument: own[argument] for argument in ("q_begin", "q_stop") if argument in own}
+        return TiledAttentionFunc.apply(attend, STATISTICS.get(name), arguments, options, region, *inputs, sinks)
 
 
 def checked_problem(
@@ -72,11 +91,12 @@ def checked_problem(
 
 
 def kernels(module: str) -> ModuleType:
-    """Import stage 3's `launch`, `ops` or `column_sums` on first use: the PyTorch backend works without Triton."""
-    if module == "launch":
-        from stage3_scores_and_sums import launch as found
-    elif module == "ops":
-        from stage3_scores_and_sums import ops as found
-    else:
-        from stage3_scores_and_sums import column_sums as found
-    return found
+    """Import a module of kernels on first use, with the gradients of all operators: PyTorch alone works without Triton.
+
+    Args:
+        module: "launch", "ops" or "column_sums" of stage 3, or "forward" for the operators of stage 2.
+    """
+    import stage4_backward.ops  # noqa: F401  (gives the operators their gradients)
+
+    package = "stage2_triton_forward.ops" if module == "forward" else f"stage3_scores_and_sums.{module}"
+    return importlib.import_module(package)

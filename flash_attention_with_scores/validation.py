@@ -172,10 +172,6 @@ def check_backend(backend, *inputs: Tensor) -> str:
             f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
             "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise NotImplementedError(
-            "backend='triton' has no backward pass yet: call it under torch.no_grad(), or use backend='pytorch'"
-        )
     return chosen
 
 

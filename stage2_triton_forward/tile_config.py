@@ -42,7 +42,7 @@ _HOPPER = {
         dropout=TileConfig(64, 32, 4, 2),
         short=TileConfig(16, 128, 4, 3),
         fp32=TileConfig(64, 32, 4, 2, "tf32x3"),
-        storing=TileConfig(64, 32, 4, 3),
+        storing=TileConfig(64, 64, 4, 3),
     ),
     128: Rows(
         plain=TileConfig(128, 64, 4, 2),

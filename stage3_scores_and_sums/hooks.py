@@ -52,9 +52,9 @@ def store_scores(args, scores, place, k_start, k_stop):
 def store_logits_async(args, carry, logits, visible, place, k_start):
     """ON_LOGITS: `store_logits` by the copy engine, which clips tiles, and works on while the loop goes on.
 
-    args: (q_begin,); place.hook_desc: scores [B, Hq, M - q_begin, k_stop] in tiles of BLOCK_M × BLOCK_N.
+    place.hook_desc: scores [B, Hq, M, N] in tiles of BLOCK_M × BLOCK_N.
     """
-    store_scores_async(args, tl.where(visible, logits, 0.0), place, k_start)
+    store_scores_async(tl.where(visible, logits, 0.0), place, k_start)
     return carry
 
 
@@ -65,17 +65,17 @@ def store_zeros_async(args, carry, state, lse_log2, begin, stop, place):
     BLOCK_N: tl.constexpr = desc.block_shape[3]
     zeros = tl.zeros([place.q_idx.shape[0], BLOCK_N], tl.float32)
     for k_start in range(0, begin, BLOCK_N):
-        store_scores_async(args, zeros, place, k_start)
+        store_scores_async(zeros, place, k_start)
     for k_start in range(stop, desc.shape[3].to(tl.int32), BLOCK_N):
-        store_scores_async(args, zeros, place, k_start)
+        store_scores_async(zeros, place, k_start)
 
 
 @triton.jit
-def store_scores_async(args, scores, place, k_start):
+def store_scores_async(scores, place, k_start):
     """Hand a tile to the copy engine; what lies outside of the scores is dropped."""
     desc = place.hook_desc
     tile = scores.to(desc.dtype).reshape(1, 1, scores.shape[0], scores.shape[1])
-    desc.store([place.batch, place.head, place.q_start - args[0], k_start], tile)
+    desc.store([place.batch, place.head, place.q_start, k_start], tile)
 
 
 @triton.jit

@@ -44,16 +44,15 @@ def attention_with_scores(
     batch, n_heads, n_q, _ = q.shape
     k_stop = k.shape[2] if k_stop is None else k_stop
     scores = q.new_empty(batch, n_heads, max(n_q - q_begin, 0), k_stop) if scores is None else scores
-    if describable(scores, copy=False) is scores:
-        hook = make_hook(
-            (q_begin,), rows=hooks.long_and_short, on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async
-        )
+    in_turn = {"rows": hooks.long_and_short}
+    whole = q_begin == 0 and k_stop == k.shape[2]
+    if whole and describable(scores, copy=False) is scores:
+        hook = make_hook((), on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async, **in_turn)
         options = options | {"hook": hook, "hook_tensor": scores}
     else:
         args = (scores, q_begin, n_q, k_stop)
-        options = options | {
-            "hook": make_hook(args, rows=hooks.long_and_short, on_logits=hooks.store_logits, finish=hooks.store_zeros)
-        }
+        hook = make_hook(args, on_logits=hooks.store_logits, finish=hooks.store_zeros, **in_turn)
+        options = options | {"hook": hook}
     output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, compute_output=compute_output, **options)
     return output, lse, scores
 

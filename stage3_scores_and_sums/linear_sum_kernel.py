@@ -26,6 +26,21 @@ class Rows(NamedTuple):
     FP32_PRECISION: tl.constexpr  # of tl.dot
 
 
+class Ends(NamedTuple):
+    """Row i of x pairs with the rows i + left to i + right of y; chunks start where ends do, their sums are prefix sums."""
+
+    to_left_ptr: tl.tensor  # [B, N_SUMS, left_chunks, BLOCK_D] fp64
+    to_right_ptr: tl.tensor  # [B, N_SUMS, right_chunks, BLOCK_D] fp64
+    left: int
+    right: int
+    left_first: int  # where the first chunk starts: at 0 or before, a whole number of chunks away from left
+    right_first: int
+    left_chunks: int
+    right_chunks: int
+    HAS_LEFT: tl.constexpr
+    HAS_RIGHT: tl.constexpr
+
+
 @triton.jit
 def chunk_sum_kernel(y_desc, sums_ptr, rows, first, N_SUMS: tl.constexpr, Y_HEADS: tl.constexpr):
     """Sum each chunk of y: chunk c holds the rows from `first` + c·CHUNK on.
@@ -68,23 +83,14 @@ def prefix_sum_kernel(sums_ptr, n_chunks, BLOCK: tl.constexpr, BLOCK_D: tl.const
 def interval_sum_kernel(
     x_desc,  # [B, Hx, Nx, D]
     y_desc,  # [B, Hy, Ny, D]
-    to_left_ptr,  # [B, N_SUMS, chunks, BLOCK_D] fp64, prefix sums of chunks that start where left ends do
-    to_right_ptr,  # the same for right ends
     out_ptr,  # [B, Hx, n_out]
     rows,
-    left,
-    right,
-    left_first,
-    right_first,
-    left_chunks,
-    right_chunks,
+    ends,
     n_out,
     scale,
     N_SUMS: tl.constexpr,
     X_GROUP: tl.constexpr,
     Y_HEADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
 ):
     """Compute scale·x_i·Σ y_t over i + left <= t < i + right for one chunk of x; a side without an end has no bound.
 
@@ -97,23 +103,17 @@ def interval_sum_kernel(
     x_idx = x_start + tl.arange(0, CHUNK)
     sums = tl.program_id(1)
     batch = sums // N_SUMS
-    if HAS_RIGHT:
-        between = prefix(to_right_ptr, sums, (x_start + right - right_first) // CHUNK, right_chunks, rows.BLOCK_D)
-    else:
-        between = prefix(to_left_ptr, sums, left_chunks, left_chunks, rows.BLOCK_D)
-    if HAS_LEFT:
-        between -= prefix(to_left_ptr, sums, (x_start + left - left_first) // CHUNK, left_chunks, rows.BLOCK_D)
-    between = between.to(tl.float32)
+    between = between_ends(ends, rows, sums, x_start)
     counts_x = x_idx < n_out
     at_ends = tl.zeros([CHUNK, CHUNK], tl.float32)
     for step in tl.range(0, X_GROUP * Y_HEADS):  # queries have a group of heads, keys one
         x_head = sums % N_SUMS * X_GROUP + step // Y_HEADS
         y_head = sums % N_SUMS * Y_HEADS + step % Y_HEADS
         x_tile = load_tile(x_desc, batch, x_head, x_start, CHUNK, rows.BLOCK_D)
-        if HAS_RIGHT:
-            at_ends += chunk_at_end(x_tile, y_desc, rows, batch, y_head, x_start + right)
-        if HAS_LEFT:
-            at_ends -= chunk_at_end(x_tile, y_desc, rows, batch, y_head, x_start + left)
+        if ends.HAS_RIGHT:
+            at_ends += chunk_at_end(x_tile, y_desc, rows, batch, y_head, x_start + ends.right)
+        if ends.HAS_LEFT:
+            at_ends -= chunk_at_end(x_tile, y_desc, rows, batch, y_head, x_start + ends.left)
         if step % Y_HEADS == Y_HEADS - 1:
             acc = tl.sum(at_ends, 1) + tl.sum(x_tile.to(tl.float32) * between[None, :], 1)
             if rows.X_PADDED:
@@ -122,6 +122,21 @@ def interval_sum_kernel(
             out_row = out_ptr + (sums * X_GROUP + step // Y_HEADS).to(tl.int64) * n_out
             tl.store(out_row + x_idx, acc * scale, mask=counts_x)
             at_ends = tl.zeros([CHUNK, CHUNK], tl.float32)
+
+
+@triton.jit
+def between_ends(ends, rows, sums, x_start):
+    """Return the sum of the chunks between both ends of the chunk of x that starts at x_start, [BLOCK_D] fp32."""
+    CHUNK: tl.constexpr = rows.CHUNK
+    if ends.HAS_RIGHT:
+        n_before = (x_start + ends.right - ends.right_first) // CHUNK
+        between = prefix(ends.to_right_ptr, sums, n_before, ends.right_chunks, rows.BLOCK_D)
+    else:
+        between = prefix(ends.to_left_ptr, sums, ends.left_chunks, ends.left_chunks, rows.BLOCK_D)
+    if ends.HAS_LEFT:
+        n_before = (x_start + ends.left - ends.left_first) // CHUNK
+        between -= prefix(ends.to_left_ptr, sums, n_before, ends.left_chunks, rows.BLOCK_D)
+    return between.to(tl.float32)
 
 
 @triton.jit

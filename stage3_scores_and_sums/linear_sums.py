@@ -1,15 +1,18 @@
 """Raw row, column and cross-token sums in O(N·D): scores are linear in q and in k, so sums may be taken first."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stage1_pytorch_tiled.tiled_forward import Window
 from stage2_triton_forward.launch import default_scale, descriptor, device_of, mask_sides, padded_head_dim
 
-from .linear_sum_kernel import Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
-from .tile_config import linear_sum_config
+from .linear_sum_kernel import Ends, Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
+from .tile_config import LinearSumConfig, linear_sum_config
 
 
 def linear_row_sum(
@@ -27,9 +30,7 @@ def linear_row_sum(
     Args: q [B, Hq, M, D], k [B, Hk, N, D] and the mask as in `stage2_triton_forward.launch.forward`; out: where to.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    behind = n_k - n_q  # query i stands at key i + behind
-    left, right = mask_sides(n_q, n_k, causal, window)
-    ends = (None if left is None else behind - left, None if right is None else behind + right + 1)
+    ends = key_ends(mask_sides(n_q, n_k, causal, window), n_k - n_q)
     out = q.new_empty(q.shape[:3], dtype=torch.float32) if out is None else out
     return _interval_sums(q, k, ends, (0, n_k), key_padding_mask, False, default_scale(q, sm_scale), out)
 
@@ -54,12 +55,69 @@ def linear_col_sum(
         [B, Hk, k_stop] fp32.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    behind = n_k - n_q
-    left, right = mask_sides(n_q, n_k, causal, window)
-    ends = (None if right is None else -behind - right, None if left is None else -behind + left + 1)
+    ends = query_ends(mask_sides(n_q, n_k, causal, window), n_k - n_q)
     k_stop = n_k if k_stop is None else k_stop
     out = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if out is None else out
     return _interval_sums(k, q, ends, (q_begin, n_q), key_padding_mask, True, default_scale(q, sm_scale), out)
+
+
+def key_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int | None, int | None]:
+    """Return (begin, stop): query i, which stands at key i + behind, sees the keys i + begin to i + stop."""
+    left, right = sides
+    return None if left is None else behind - left, None if right is None else behind + right + 1
+
+
+def query_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int | None, int | None]:
+    """Return (begin, stop): key j is seen by the queries j + begin to j + stop."""
+    left, right = sides
+    return None if right is None else -behind - right, None if left is None else -behind + left + 1
+
+
+class Chunks(NamedTuple):
+    """Prefix sums of y, and all else that a kernel over its intervals needs."""
+
+    y_desc: TensorDescriptor
+    rows: Rows
+    ends: Ends
+    n_sums: int  # one for each key head
+    config: LinearSumConfig
+
+
+def summed_chunks(
+    x: Tensor,
+    y: Tensor,
+    ends: tuple[int | None, int | None],
+    counted: tuple[int, int],
+    key_padding_mask: Tensor | None,
+    x_is_keys: bool,
+) -> Chunks:
+    """Sum y in chunks, for intervals i + ends[0] <= t < i + ends[1] of y for row i of x, t within `counted`."""
+    n_sums = min(x.shape[1], y.shape[1])
+    config = linear_sum_config(y)
+    padded = key_padding_mask is not None
+    padding = key_padding_mask.to(torch.uint8).contiguous() if padded else y
+    block_d = padded_head_dim(y.shape[3])
+    constants = (padded and x_is_keys, padded and not x_is_keys, config.chunk, block_d, config.fp32_precision)
+    n_keys = (x if x_is_keys else y).shape[2]
+    rows = Rows(*counted, padding, n_keys, *map(tl.constexpr, constants))
+    y_desc = descriptor(y, config.chunk)
+    left, right = ends
+    no_left, no_right = left is None, right is None
+    to_right = None if no_right else _prefix_sums(y, y_desc, rows, right, n_sums, config)
+    to_left = to_right if no_left and not no_right else _prefix_sums(y, y_desc, rows, left or 0, n_sums, config)
+    (left_sums, left_first), (right_sums, right_first) = to_left, to_right or to_left
+    ends = Ends(
+        left_sums,
+        right_sums,
+        left or 0,
+        right or 0,
+        left_first,
+        right_first,
+        left_sums.shape[2],
+        right_sums.shape[2],
+        *map(tl.constexpr, (not no_left, not no_right)),
+    )
+    return Chunks(y_desc, rows, ends, n_sums, config)
 
 
 def _interval_sums(x, y, ends, counted, key_padding_mask, x_is_keys, scale, out):
@@ -68,42 +126,20 @@ def _interval_sums(x, y, ends, counted, key_padding_mask, x_is_keys, scale, out)
         return out
     if counted[0] >= counted[1] or y.numel() == 0:
         return out.zero_()
-    batch, x_heads, y_heads = x.shape[0], x.shape[1], y.shape[1]
-    n_sums = min(x_heads, y_heads)  # one for each key head
-    config = linear_sum_config(x)
-    padded = key_padding_mask is not None
-    padding = key_padding_mask.to(torch.uint8).contiguous() if padded else out
-    block_d = padded_head_dim(x.shape[3])
-    constants = (padded and x_is_keys, padded and not x_is_keys, config.chunk, block_d, config.fp32_precision)
-    n_keys = (x if x_is_keys else y).shape[2]
-    rows = Rows(*counted, padding, n_keys, *map(tl.constexpr, constants))
-    y_desc = descriptor(y, config.chunk)
-    left, right = ends
+    chunks = summed_chunks(x, y, ends, counted, key_padding_mask, x_is_keys)
+    config, n_sums = chunks.config, chunks.n_sums
     with device_of(x):
-        no_right = right is None
-        to_left = _prefix_sums(y, y_desc, rows, left or 0, n_sums, config) if no_right or left is not None else None
-        to_right = to_left if no_right else _prefix_sums(y, y_desc, rows, right, n_sums, config)
-        to_left = to_right if to_left is None else to_left
-        interval_sum_kernel[(triton.cdiv(out.shape[2], config.chunk), batch * n_sums)](
+        interval_sum_kernel[(triton.cdiv(out.shape[2], config.chunk), x.shape[0] * n_sums)](
             descriptor(x, config.chunk),
-            y_desc,
-            to_left[0],
-            to_right[0],
+            chunks.y_desc,
             out,
-            rows,
-            left or 0,
-            right or 0,
-            to_left[1],
-            to_right[1],
-            to_left[0].shape[2],
-            to_right[0].shape[2],
+            chunks.rows,
+            chunks.ends,
             out.shape[2],
             scale,
             N_SUMS=n_sums,
-            X_GROUP=x_heads // n_sums,
-            Y_HEADS=y_heads // n_sums,
-            HAS_LEFT=left is not None,
-            HAS_RIGHT=right is not None,
+            X_GROUP=x.shape[1] // n_sums,
+            Y_HEADS=y.shape[1] // n_sums,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -117,8 +153,9 @@ def _prefix_sums(y, y_desc, rows, end, n_sums, config):
     block_d = rows.BLOCK_D.value
     sums = torch.empty(y.shape[0], n_sums, n_chunks, block_d, dtype=torch.float64, device=y.device)
     heads = y.shape[0] * n_sums
-    chunk_sum_kernel[(n_chunks, heads)](
-        y_desc, sums, rows, first, N_SUMS=n_sums, Y_HEADS=y.shape[1] // n_sums, num_warps=config.num_warps
-    )
-    prefix_sum_kernel[(heads, block_d // 16)](sums, n_chunks, BLOCK=64, BLOCK_D=block_d, WIDTH=16, num_warps=4)
+    with device_of(y):
+        chunk_sum_kernel[(n_chunks, heads)](
+            y_desc, sums, rows, first, N_SUMS=n_sums, Y_HEADS=y.shape[1] // n_sums, num_warps=config.num_warps
+        )
+        prefix_sum_kernel[(heads, block_d // 16)](sums, n_chunks, BLOCK=64, BLOCK_D=block_d, WIDTH=16, num_warps=4)
     return sums, first

@@ -13,7 +13,7 @@ from stage2_triton_forward.launch import output_dtype
 
 from . import launch
 
-_ATTENTION = (
+ATTENTION = (
     "Tensor q, Tensor k, Tensor v, bool causal, float? sm_scale, float dropout_p, int seed, "
     "int? window_left, int? window_right, float? softcap, Tensor? sinks, Tensor? key_padding_mask"
 )
@@ -24,8 +24,8 @@ class AttentionOp:
 
     def __init__(self, name: str, own: dict[str, tuple[str, object]], shapes: Callable[..., list[tuple]]):
         """Register `name`; `own` maps arguments to (type, default), `shapes` gives those of what follows the lse."""
-        self._defaults = {argument: default for argument, (_, default) in own.items()}
-        schema = ", ".join([_ATTENTION, *(f"{kind} {argument}" for argument, (kind, _) in own.items())])
+        self.defaults = {argument: default for argument, (_, default) in own.items()}
+        schema = ", ".join([ATTENTION, *(f"{kind} {argument}" for argument, (kind, _) in own.items())])
         n_results = 2 + (3 if name == "attention_with_stats" else 1)
 
         def run(q, k, v, causal, sm_scale, dropout_p, seed, left, right, softcap, sinks, key_padding_mask, *values):
@@ -68,7 +68,7 @@ class AttentionOp:
     ) -> tuple[Tensor, ...]:
         """Call the operator with the arguments of the function in `launch.py`."""
         masks = (*window_sides(window), softcap, sinks, key_padding_mask)
-        return self.op(q, k, v, causal, sm_scale, dropout_p, seed, *masks, *(self._defaults | own).values())
+        return self.op(q, k, v, causal, sm_scale, dropout_p, seed, *masks, *(self.defaults | own).values())
 
 
 def _columns(q, k, k_stop, heads=None):

@@ -1,5 +1,7 @@
 """The backward pass beside cuDNN, FlashAttention-2 and FlexAttention."""
 
+from functools import partial
+
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -32,17 +34,16 @@ def backward_rows(dtype: torch.dtype = torch.bfloat16) -> list[dict]:
         with torch.no_grad():
             output, lse = attention_forward(q, k, v, shape.causal)
 
-        def ours(q=q, k=k, v=v, output=output, lse=lse, grad_output=grad_output, causal=shape.causal):
-            return backward(q.detach(), k.detach(), v.detach(), output, lse, Gradients(grad_output), causal)
-
-        calls = {"ours": ours}
-        row = {"shape": str(shape), "dtype": str(dtype), "right": _right(ours()[:3], q, k, v, grad_output, shape)}
+        leaves = [x.detach() for x in (q, k, v)]
+        calls = {"ours": partial(backward, *leaves, output, lse, Gradients(grad_output), shape.causal)}
+        row = {
+            "shape": str(shape),
+            "dtype": str(dtype),
+            "right": _right(calls["ours"]()[:3], q, k, v, grad_output, shape),
+        }
         for name, forward in forward_peers(q, k, v, shape.causal).items():
             try:
-                result = forward()
-                calls[name] = lambda result=result: torch.autograd.grad(
-                    result, (q, k, v), grad_output, retain_graph=True
-                )
+                calls[name] = partial(torch.autograd.grad, forward(), (q, k, v), grad_output, retain_graph=True)
                 calls[name]()
             except Exception as error:
                 row[name] = {"error": str(error).splitlines()[0]}

@@ -17,8 +17,8 @@ class Rows(NamedTuple):
 
 
 _HOPPER = {
-    64: Rows(TileConfig(128, 64, 8, 2), TileConfig(64, 128, 8, 2)),
-    128: Rows(TileConfig(128, 64, 8, 2), TileConfig(64, 128, 8, 2)),
+    64: Rows(TileConfig(128, 64, 8, 3), TileConfig(32, 64, 4, 3)),
+    128: Rows(TileConfig(128, 64, 8, 3), TileConfig(64, 64, 4, 2)),
     256: Rows(TileConfig(64, 32, 8, 1), TileConfig(32, 64, 8, 1)),
 }
 _HOPPER_FP32 = {

@@ -1,7 +1,9 @@
-"""One small launch of every kernel on ragged shapes, to be run under compute-sanitizer.
+"""Small launches of every kernel on ragged shapes, to be run under compute-sanitizer, which is slow: choose a stage.
 
-`compute-sanitizer --tool memcheck python3 -m benchmark.sanitize`
+`compute-sanitizer --tool memcheck python3 -m benchmark.sanitize 3`
 """
+
+import sys
 
 import torch
 
@@ -10,6 +12,17 @@ from stage2_triton_forward.split_kv import attention_forward
 from stage3_scores_and_sums import launch as stage3
 from stage3_scores_and_sums.column_sums import fold_columns
 from stage3_scores_and_sums.hooks import largest_weight
+from stage4_backward.gradients import Gradients
+from stage4_backward.launch import backward
+from stage4_backward.linear_grads import linear_col_sum_grads, linear_row_sum_grads
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, causal: bool, options: dict) -> None:
+    """Launch stage 2's kernels."""
+    stage2.simple_forward(q, k, k, causal)
+    stage2.forward(q, k, k, causal, **options)
+    stage2.forward(q, k, k, causal, dropout_p=0.1, softcap=5.0)
+    attention_forward(q[:, :, :1], k, k, causal, n_splits=3, sinks=torch.randn(q.shape[1], device="cuda"))
 
 
 def scores_and_sums(q: torch.Tensor, k: torch.Tensor, causal: bool, options: dict) -> None:
@@ -28,20 +41,28 @@ def scores_and_sums(q: torch.Tensor, k: torch.Tensor, causal: bool, options: dic
     fold_columns(q, k, lse, largest_weight, 0.0, causal, **options)
 
 
+def gradients(q: torch.Tensor, k: torch.Tensor, causal: bool, options: dict) -> None:
+    """Launch stage 4's kernels."""
+    output, lse = attention_forward(q, k, k, causal, **options)
+    columns = torch.randn(*k.shape[:3], device="cuda")
+    grads = Gradients(torch.randn_like(output), torch.randn_like(lse), softmax_col_sum=columns)
+    backward(q, k, k, output, lse, grads, causal, **options)
+    linear_row_sum_grads(q, k, torch.randn_like(lse), causal, **options)
+    linear_col_sum_grads(q, k, columns, causal, **options)
+
+
+STAGES = {"2": forward, "3": scores_and_sums, "4": gradients}
+
+
 def main() -> None:
     torch.manual_seed(0)
-    for dtype in (torch.float16, torch.float32):
-        for n_q, n_k, head_dim in ((70, 130, 64), (130, 70, 24), (1, 65, 128)):
-            q = torch.randn(1, 4, n_q, head_dim, device="cuda", dtype=dtype)
-            k = torch.randn(1, 2, n_k, head_dim, device="cuda", dtype=dtype)
-            real, sinks = torch.rand(1, n_k, device="cuda") > 0.3, torch.randn(4, device="cuda")
-            for causal in (False, True):
-                stage2.simple_forward(q, k, k, causal)
-                for options in ({}, {"dropout_p": 0.1}, {"window": (9, 3), "softcap": 5.0, "key_padding_mask": real}):
-                    stage2.forward(q, k, k, causal, **options)
-                attention_forward(q[:, :, :1], k, k, causal, n_splits=3, sinks=sinks)
-                for options in ({}, {"window": (9, 3), "key_padding_mask": real}):
-                    scores_and_sums(q, k, causal, options)
+    for stage in sys.argv[1:] or STAGES:
+        for n_q, n_k, causal in ((70, 136, True), (130, 70, False)):
+            q = torch.randn(1, 4, n_q, 64, device="cuda", dtype=torch.float16)
+            k = torch.randn(1, 2, n_k, 64, device="cuda", dtype=torch.float16)
+            window = {"window": (9, 3), "key_padding_mask": torch.rand(1, n_k, device="cuda") > 0.3}
+            for options in ({}, window) if causal else ({},):
+                STAGES[stage](q, k, causal, options)
     torch.cuda.synchronize()
     print("every kernel ran")
 

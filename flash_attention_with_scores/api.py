@@ -72,7 +72,7 @@ def attention(
     else:
         left, right = window_sides(window)
         descale = None if descales is None else _fold_descales(descales, q.device)
-        forward_op = kernels("forward").forward_op
+        forward_op = kernels("forward_ops").forward_op
         output, lse = forward_op(*problem[:7], left, right, softcap, sinks, key_padding_mask, descale)
     return (output, lse) if return_lse else output
 

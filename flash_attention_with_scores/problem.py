@@ -1,6 +1,5 @@
 """One call of the library: its arguments checked, its backend chosen."""
 
-import importlib
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -94,9 +93,10 @@ def kernels(module: str) -> ModuleType:
     """Import a module of kernels on first use, with the gradients of all operators: PyTorch alone works without Triton.
 
     Args:
-        module: "launch", "ops" or "column_sums" of stage 3, or "forward" for the operators of stage 2.
+        module: "launch", "ops" or "column_sums" of stage 3, or "forward_ops" of stage 2.
     """
     import stage4_backward.ops  # noqa: F401  (gives the operators their gradients)
+    from stage2_triton_forward import ops as forward_ops
+    from stage3_scores_and_sums import column_sums, launch, ops
 
-    package = "stage2_triton_forward.ops" if module == "forward" else f"stage3_scores_and_sums.{module}"
-    return importlib.import_module(package)
+    return {"launch": launch, "ops": ops, "column_sums": column_sums, "forward_ops": forward_ops}[module]

@@ -90,9 +90,8 @@ def fold_queries(
     """Fold the queries from `begin` to `stop` of every head; one loop over both, so that loads run ahead of both."""
     BLOCK_M: tl.constexpr = tiles.BLOCK_M
     n_tiles = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
-    divisor = tl.maximum(
-        n_tiles, 1
-    )  # loads run ahead of the loop: x // 0 would let the compiler assume there is a tile
+    # Loads run ahead of the loop: x // 0 would let the compiler assume that there is a tile.
+    divisor = tl.maximum(n_tiles, 1)
     for step in tl.range(0, HEADS * n_tiles, disable_licm=MASKED):
         head = first_head + step // divisor
         q_start = begin + step % divisor * BLOCK_M

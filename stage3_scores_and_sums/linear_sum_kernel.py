@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Row i of x pairs with the rows i + left to i + right of y; the sums are prefix sums of chunks that start at an end."""
+    """Row i of x pairs with rows i + left to i + right of y; prefix sums are of chunks that start where an end lies."""
 
     to_left_ptr: tl.tensor  # [B, N_SUMS, left_chunks, BLOCK_D] fp64
     to_right_ptr: tl.tensor  # [B, N_SUMS, right_chunks, BLOCK_D] fp64

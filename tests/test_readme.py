@@ -27,8 +27,14 @@ def test_figures_are_those_of_the_training_report():
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "stage1_pytorch_tiled/README.md", "stage2_triton_forward/README.md", "course/text/README.md"],
-    ids=["front", "lesson 1", "lesson 2", "texts"],
+    [
+        "README.md",
+        "stage1_pytorch_tiled/README.md",
+        "stage2_triton_forward/README.md",
+        "stage3_scores_and_sums/README.md",
+        "course/text/README.md",
+    ],
+    ids=["front", "lesson 1", "lesson 2", "lesson 3", "texts"],
 )
 def test_links_lead_somewhere(file):
     page = ROOT / file

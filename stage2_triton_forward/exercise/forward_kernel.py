@@ -109,6 +109,7 @@ def forward_kernel(
             place, COMPUTE_OUTPUT,
         )  # fmt: skip
 
+    lse_log2 = state.row_max
     if COMPUTE_OUTPUT:
         tl.static_assert(False, "Task 2.7: step 2: the output's factor, and the lse in base 2")
         if HAS_SINKS:
@@ -147,7 +148,9 @@ def attend_keys(
         carry = hook.ON_LOGITS(hook.args, carry, logits * scale, in_rows, place, k_start)
         if COMPUTE_OUTPUT:
             logits, factor = cap_logits(to_logits, logits, scale)
-            tl.static_assert(False, "Task 2.6: step 2: mask where needed, then the softmax step")
+            tl.static_assert(False, "Task 2.6: step 2: mask where needed; below, after `before`, the softmax step")
+            before = state
+            carry = hook.ON_WEIGHTS(hook.args, carry, before, state, logits, weights, factor * LOG2_E, place, k_start)
             if dropout.ENABLED:
                 weights = drop_tile(dropout, weights, place.batch_head, place.q_idx, k_idx)
             tl.static_assert(False, "Task 2.6: step 3: a tile of v, and below, weights times v joins the output")

@@ -39,6 +39,10 @@ def implementations(triton_mode: str) -> Iterator[Implementation]:
     yield Implementation("attention, split keys", "2", backend, _split_keys)
     yield Implementation("attention_with_scores", "3", backend, _with_scores)
     yield Implementation("compute_attention_scores", "3", backend, _scores_alone)
+    yield Implementation("raw sums, linear", "3", backend, _linear_sums)
+    yield Implementation("raw sums, in the loop", "3", backend, _sums_in_the_loop)
+    yield Implementation("softmax column sums", "3", backend, _softmax_sums)
+    yield Implementation("attention_with_stats", "3", backend, _stats)
 
 
 def _naive(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
@@ -95,3 +99,35 @@ def _scores_alone(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
     from flash_attention_with_scores import compute_attention_scores
 
     return {"scores": compute_attention_scores(q, k, causal=True, backend="triton")}
+
+
+def _linear_sums(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return _raw_sums(q, k, v, "linear", "linear")
+
+
+def _sums_in_the_loop(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    return _raw_sums(q, k, v, "kahan", "atomic_reverse")
+
+
+def _raw_sums(q: Tensor, k: Tensor, v: Tensor, of_rows: str, of_columns: str) -> Outputs:
+    from flash_attention_with_scores import attention_with_col_sum, attention_with_row_sum
+
+    attend = {"causal": True, "backend": "triton"}
+    output, row_sum = attention_with_row_sum(q, k, v, algorithm=of_rows, **attend)
+    _, col_sum = attention_with_col_sum(q, k, v, algorithm=of_columns, **attend)
+    return {"output": output, "row_sum": row_sum, "col_sum": col_sum}
+
+
+def _softmax_sums(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from flash_attention_with_scores import attention, attention_with_softmax_col_sum
+
+    attend = {"causal": True, "backend": "triton"}
+    output, col_sum = attention_with_softmax_col_sum(q, k, v, **attend)
+    _, total = attention(q, k, v, return_total_attention=True, **attend)
+    return {"output": output, "softmax_col_sum": col_sum, "total_attention": total}
+
+
+def _stats(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+    from flash_attention_with_scores import attention_with_stats
+
+    return attention_with_stats(q, k, v, causal=True, backend="triton")._asdict()

@@ -24,12 +24,22 @@ SUMS = "test_stage1_scores_and_sums.py::"
 FORWARD = "test_stage2_forward.py::"
 FEATURES = "test_stage2_features.py::"
 SCORES = "test_stage3_scores.py::"
+ROW_SUM = "test_stage3_row_sum.py::"
+COL_SUM = "test_stage3_col_sum.py::"
+LINEAR_SUMS = "test_stage3_linear_sums.py::"
+SOFTMAX_SUMS = "test_stage3_softmax_sums.py::"
+STATS = "test_stage3_stats.py::"
+REDUCTION = "test_stage3_reduction.py::"
 SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
 LOOP = "stage1_pytorch_tiled/tiled_forward.py"
 HOOKS = "stage1_pytorch_tiled/hooks.py"
 SIMPLE = "stage2_triton_forward/simple_kernel.py"
 TILES = "stage2_triton_forward/tiles.py"
 KERNEL = "stage2_triton_forward/forward_kernel.py"
+LOOP_HOOKS = "stage3_scores_and_sums/hooks.py"
+LAUNCH = "stage3_scores_and_sums/launch.py"
+COLUMNS = "stage3_scores_and_sums/column_sum_kernel.py"
+LINEAR = "stage3_scores_and_sums/linear_sum_kernel.py"
 
 MISTAKES = [
     Mistake(
@@ -253,16 +263,16 @@ MISTAKES = [
     Mistake(
         "kernel_ignores_padding",
         KERNEL,
-        "if MASKED or mask.HAS_PADDING:",
-        "if MASKED:",
+        "if MASKED or mask.HAS_PADDING:\n                logits",
+        "if MASKED:\n                logits",
         FEATURES + "test_features[1-padding-self]",
         "A padded key may lie anywhere, so that no tile is whole.",
     ),
     Mistake(
         "kernel_groups_heads_the_wrong_way",
         KERNEL,
-        "kv_head = head // tiles.GROUP",
-        "kv_head = head % tiles.GROUP",
+        "kv_head = place.head // tiles.GROUP",
+        "kv_head = place.head % tiles.GROUP",
         FEATURES + "test_features[1-full-self]",
         "Query heads 0 … G-1 share key head 0: head // G.",
     ),
@@ -284,10 +294,186 @@ MISTAKES = [
     ),
     Mistake(
         "masked_scores_stored",
-        "stage3_scores_and_sums/hooks.py",
-        "mask=visible)",
-        "mask=(q_idx[:, None] < n_q) & (k_idx[None, :] < n_k))",
-        SCORES + "test_masked_scores_are_exactly_zero[True]",
+        LOOP_HOOKS,
+        "store_scores_async(tl.where(visible, logits, 0.0), place, k_start)",
+        "store_scores_async(logits, place, k_start)",
+        SCORES + "test_masked_scores_are_exactly_zero[causal window-200]",
         "The contract says 0 where a query does not see a key.",
+    ),
+    Mistake(
+        "no_zeros_before_the_window",
+        LOOP_HOOKS,
+        "for k_start in range(0, begin, BLOCK_N):",
+        "for k_start in range(0, 0, BLOCK_N):",
+        SCORES + "test_masked_scores_are_exactly_zero[causal window-200]",
+        "Tiles that nobody sees are not visited, and what nobody writes holds whatever was there.",
+    ),
+    Mistake(
+        "no_zeros_behind_the_diagonal",
+        LOOP_HOOKS,
+        "for k_start in range(stop, k_stop, BLOCK):",
+        "for k_start in range(stop, stop, BLOCK):",
+        SCORES + "test_masked_scores_are_exactly_zero[diagonal-201]",
+        "Tiles that nobody sees are not visited, and what nobody writes holds whatever was there.",
+    ),
+    Mistake(
+        "compensation_dropped",
+        LOOP_HOOKS,
+        "return total, (total - row_sum) - addend",
+        "return total, lost",
+        ROW_SUM + "test_what_a_running_sum_loses_is_given_back",
+        "What an addition rounds off is (total - before) - addend; the next addition must give it back.",
+    ),
+    Mistake(
+        "masked_logits_in_the_row_sum",
+        LOOP_HOOKS,
+        "addend = tl.sum(tl.where(visible, logits, 0.0), 1) - lost",
+        "addend = tl.sum(logits, 1) - lost",
+        ROW_SUM + "test_features[window]",
+        "A tile on the mask's edge holds logits of keys that the query does not see.",
+    ),
+    Mistake(
+        "masked_infinity_in_the_column_sum",
+        LOOP_HOOKS,
+        "sums = tl.sum(tl.where(counted, logits, 0.0), 0)",
+        'sums = tl.sum(tl.where(counted, logits, float("-inf")), 0)',
+        COL_SUM + "test_features[M < N-window]",
+        "-inf is what hides a key from a softmax; in a sum it stays for good.",
+    ),
+    Mistake(
+        "atomics_on_top_of_the_last_call",
+        LAUNCH,
+        "(col_sum.zero_(), ",
+        "(col_sum, ",
+        COL_SUM + "test_a_reused_result_is_not_added_to",
+        "Atomic additions need a zero to start from: without it the last call's sums are counted again.",
+    ),
+    Mistake(
+        "atomics_count_a_tile_twice",
+        LOOP_HOOKS,
+        "((k_start - begin) // BLOCK_N + place.q_start // BLOCK_N) % n_tiles",
+        "tl.minimum((k_start - begin) // BLOCK_N + place.q_start // BLOCK_N, n_tiles - 1)",
+        COL_SUM + "test_orders_visit_every_tile_once[0-64-round_robin]",
+        "An order is a permutation: past the last tile comes the first, or some are counted twice and others never.",
+    ),
+    Mistake(
+        "atomics_in_the_wrong_group",
+        LOOP_HOOKS,
+        "(place.batch_head // group)",
+        "(place.batch_head % group)",
+        COL_SUM + "test_features[M < N-window]",
+        "Query heads 0 … G-1 share key head 0, whose columns they add up: head // G.",
+    ),
+    Mistake(
+        "atomics_split_off_by_one",
+        LOOP_HOOKS,
+        "counted = visible & (place.q_idx >= q_begin)[:, None]",
+        "counted = visible & (place.q_idx > q_begin)[:, None]",
+        COL_SUM + "test_region[None-atomic_reverse]",
+        "Rows `split:` begin with row split itself.",
+    ),
+    Mistake(
+        "linear_triangle_off_by_one",
+        LINEAR,
+        "(idx[None, :] < idx[:, None])",
+        "(idx[None, :] <= idx[:, None])",
+        LINEAR_SUMS + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
+        "Ends are exclusive: the m-th row of a chunk has m keys more than the first, not m + 1.",
+    ),
+    Mistake(
+        "linear_prefix_holds_its_own_chunk",
+        LINEAR,
+        "last = tl.minimum(n_before, n_chunks) - 1",
+        "last = tl.minimum(n_before, n_chunks - 1)",
+        LINEAR_SUMS + "test_matches_oracle[b2-h4k2-m65n65-d32-causal]",
+        "The first n chunks end with chunk n - 1; chunk n is where the end lies, and counts only in part.",
+    ),
+    Mistake(
+        "linear_forgets_the_group",
+        LINEAR,
+        "in tl.range(first_head, first_head + Y_HEADS, num_stages=3)",
+        "in tl.range(first_head, first_head + 1, num_stages=3)",
+        LINEAR_SUMS + "test_matches_oracle[b1-h2k1-m17n17-d16-full]",
+        "A key's column is summed over all query heads that share it.",
+    ),
+    Mistake(
+        "linear_split_off_by_one",
+        LINEAR,
+        "counts = (y_idx >= rows.y_begin)",
+        "counts = (y_idx > rows.y_begin)",
+        LINEAR_SUMS + "test_cross_token_regions[self-{}]",
+        "Rows `split:` begin with row split itself.",
+    ),
+    Mistake(
+        "kernel_one_pass_column_sums",
+        COLUMNS,
+        "final_weights(to_logits, logits, scale, lse_log2[:, None])",
+        "final_weights(to_logits, logits, scale, (tl.max(logits, 1) * scale * 1.4426950408889634)[:, None])",
+        SOFTMAX_SUMS + "test_sums_add_up_to_the_rows_that_see_a_key[full]",
+        "A weight needs its row's final normaliser, so softmax column sums cannot be had in one pass.",
+    ),
+    Mistake(
+        "kernel_queries_off_by_one",
+        COLUMNS,
+        "begin = tl.maximum(k_start - mask.right - behind - region.q_begin, 0)",
+        "begin = tl.maximum(k_start + 1 - mask.right - behind - region.q_begin, 0)",
+        SOFTMAX_SUMS + "test_visible_queries[16-39-40-causal]",
+        "The first query that sees a key under a causal mask is the one that stands at it.",
+    ),
+    Mistake(
+        "kernel_diagonal_taken_for_whole_tiles",
+        COLUMNS,
+        "tl.cdiv(tl.maximum(last_key - mask.right",
+        "tl.cdiv(tl.maximum(k_start - mask.right",
+        SOFTMAX_SUMS + "test_features[causal-self]",
+        "A tile is whole where its queries see the last of its keys, not only the first.",
+    ),
+    Mistake(
+        "kernel_sums_padded_keys",
+        COLUMNS,
+        "    if mask.HAS_PADDING:  # nobody sees a key that is not real",
+        "    if False:",
+        SOFTMAX_SUMS + "test_features[padding-M > N]",
+        "Whole tiles are not masked, so that a padded key gets weights which must be thrown away.",
+    ),
+    Mistake(
+        "kernel_scales_stored_scores_again",
+        COLUMNS,
+        "            scale = 1.0\n",
+        "",
+        SOFTMAX_SUMS + "test_stored_scores_give_the_same_sums[causal]",
+        "Scores are stored scaled.",
+    ),
+    Mistake(
+        "column_sums_of_the_wrong_group",
+        "stage3_scores_and_sums/column_sums.py",
+        "torch.sum(parts.view(batch, n_kv_heads, group, k_stop), 2, out=out)",
+        "torch.sum(parts.view(batch, group, n_kv_heads, k_stop), 1, out=out)",
+        SOFTMAX_SUMS + "test_matches_oracle[b1-h4k2-m63n63-d64-causal]",
+        "Query heads 0 … G-1 share key head 0: heads of a group lie side by side.",
+    ),
+    Mistake(
+        "stats_not_rescaled",
+        LOOP_HOOKS,
+        "weighted_distance = weighted_distance * rescale + ",
+        "weighted_distance = weighted_distance + ",
+        STATS + "test_the_max_grows_from_tile_to_tile",
+        "When the max grows, everything summed so far is relative to the old max and must be rescaled.",
+    ),
+    Mistake(
+        "entropy_forgets_that_the_max_grew",
+        LOOP_HOOKS,
+        "(weighted_log + before.row_sum * fell) * rescale",
+        "weighted_log * rescale",
+        STATS + "test_the_max_grows_from_tile_to_tile",
+        "log w is relative to the max too: when that grows by d, each of the logarithms so far falls by d.",
+    ),
+    Mistake(
+        "softcap_ignored_in_the_second_walk",
+        LAUNCH,
+        'describe_logits(1.0, softcap, "ieee")',
+        'describe_logits(1.0, None, "ieee")',
+        REDUCTION + "test_rows[softcap-M < N]",
+        "Scores are kept before the softcap, weights come after it.",
     ),
 ]

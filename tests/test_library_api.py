@@ -105,7 +105,7 @@ BAD = {
         "from 1 to 256, got 0",
         {name: torch.randn(1, 2, 4, 0) for name in ("q", "k", "v")},
     ),
-    "v is shorter": (ValueError, r"v must have k's shape \[1, 2, 12, 16\]", good(v=torch.randn(1, 2, 11, 16))),
+    "v is shorter": (ValueError, "v must have k's batch, heads and length", good(v=torch.randn(1, 2, 11, 16))),
     "causal is an int": (TypeError, "causal must be a bool, got int", good(causal=1)),
     "scale is text": (TypeError, "sm_scale must be a number or None, got str", good(sm_scale="1")),
     "scale is NaN": (ValueError, "sm_scale must be finite, got nan", good(sm_scale=float("nan"))),
@@ -132,14 +132,6 @@ def test_bad_input_is_refused_by_name(name):
 def test_the_kernels_refuse_fp64(device):
     q, k, v = make_qkv(CACHE, torch.float64, device)
     with pytest.raises(ValueError, match="backend='pytorch'"):
-        attention_with_scores(q, k, v, backend="triton")
-
-
-def test_the_kernels_say_that_they_have_no_backward_pass(device):
-    q, k, v = make_qkv(CACHE, device=device)
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        attention_with_scores(q.requires_grad_(), k, v, backend="triton")
-    with torch.no_grad():
         attention_with_scores(q, k, v, backend="triton")
 
 

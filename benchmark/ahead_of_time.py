@@ -30,8 +30,13 @@ from stage2_triton_forward.tile_config import TileConfig
 from stage3_scores_and_sums import launch as stage3
 from stage3_scores_and_sums.column_sums import fold_columns, softmax_col_sum
 from stage3_scores_and_sums.linear_sums import linear_col_sum, linear_row_sum
+from stage4_backward.gradients import Gradients
+from stage4_backward.launch import backward
+from stage4_backward.linear_grads import linear_col_sum_grads, linear_row_sum_grads
 
 ROWS = torch.empty(1, 4, 256)  # a statistic of every query, such as the lse
+COLUMNS = torch.empty(1, 2, 256)  # of every key
+REAL = torch.ones(1, 256, dtype=torch.bool)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -57,6 +62,17 @@ SCORES_AND_SUMS = {  # stage 3, by the name of the case
     "stats": lambda q, k, c: stage3.attention_with_stats(q, k, k, c),
     "fold_columns": lambda q, k, c: fold_columns(q, k, ROWS, add_up, 0.0, c),
     "fold_rows": lambda q, k, c: stage3.fold_rows(q, k, ROWS, add_up, 0.0, c),
+}
+GRADIENTS = {  # stage 4
+    "backward": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c),
+    "backward_softcap": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, softcap=20.0),
+    "backward_dropout": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, dropout_p=0.1),
+    "backward_window": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, window=(100, None)),
+    "backward_padding": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, key_padding_mask=REAL),
+    "backward_scores": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), c),
+    "backward_columns": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), c),
+    "row_sum_grads": lambda q, k, c: linear_row_sum_grads(q, k, ROWS, c),
+    "col_sum_grads": lambda q, k, c: linear_col_sum_grads(q, k, COLUMNS, c),
 }
 
 
@@ -131,13 +147,12 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         for head_dim in (64, 128, 256):
             q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
             k = torch.empty(1, 2, 256, head_dim, dtype=dtype)
-            real = torch.ones(1, 256, dtype=torch.bool)
             variants = {
                 "forward": {},
                 "window": {"window": (100, None)},
                 "softcap": {"softcap": 20.0},
                 "sinks": {"sinks": torch.ones(4)},
-                "padding": {"key_padding_mask": real},
+                "padding": {"key_padding_mask": REAL},
                 "dropout": {"dropout_p": 0.1},
                 "split": {"n_splits": 4},
             }
@@ -147,7 +162,7 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, o=options: stage2.forward(q, k, k, c, **o)
                 yield f"decode-{suffix}", lambda q=q, k=k, c=causal: attention_forward(q[:, :, :1], k, k, c, n_splits=4)
                 yield f"simple-{suffix}", lambda q=q, k=k, c=causal: stage2.simple_forward(q, k, k, c)
-                for name, launch in SCORES_AND_SUMS.items():
+                for name, launch in (SCORES_AND_SUMS | GRADIENTS).items():
                     yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, launch=launch: launch(q, k, c)
     if arch < 89:  # no fp8 tensor cores
         return

@@ -369,7 +369,7 @@ MISTAKES = [
         LOOP_HOOKS,
         "counted = visible & (place.q_idx >= q_begin)[:, None]",
         "counted = visible & (place.q_idx > q_begin)[:, None]",
-        COL_SUM + "test_region[None-atomic_reverse]",
+        COL_SUM + "test_region[atomic_reverse]",
         "Rows `split:` begin with row split itself.",
     ),
     Mistake(

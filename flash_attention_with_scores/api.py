@@ -6,7 +6,7 @@ from torch import Tensor
 from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
 from . import pytorch_backend
-from .problem import checked_problem, kernels
+from .problem import autocasted, checked_problem, kernels
 from .validation import check_backend, check_padding, check_qk, check_window
 
 
@@ -67,13 +67,7 @@ def attention(
             raise ValueError(f"return_total_attention takes fp16, bf16, fp32 or fp64, got {q.dtype}")
         output, lse, total = problem.run("attention_with_softmax_col_sum", per_query_head=True)
         return (output, lse, total) if return_lse else (output, total)
-    if problem.backend == "pytorch":
-        output, lse = problem.run("attention")
-    else:
-        left, right = window_sides(window)
-        descale = None if descales is None else _fold_descales(descales, q.device)
-        forward_op = kernels("forward_ops").forward_op
-        output, lse = forward_op(*problem[:7], left, right, softcap, sinks, key_padding_mask, descale)
+    output, lse = problem.attend(None if descales is None else _fold_descales(descales, q.device))
     return (output, lse) if return_lse else output
 
 
@@ -135,6 +129,7 @@ def compute_attention_scores(
     Raises:
         TypeError, ValueError: as in `attention_with_scores`.
     """
+    q, k = autocasted(q, k)
     check_qk(q, k, causal, sm_scale)
     check_window(window)
     check_padding(q, k, key_padding_mask)

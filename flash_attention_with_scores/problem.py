@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage1_pytorch_tiled.tiled_forward import Window
+from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 from stage4_backward.autograd import TiledAttentionFunc
 
 from . import pytorch_backend
@@ -33,6 +33,13 @@ class Problem(NamedTuple):
     seed: int
     options: dict  # window, softcap, sinks, key_padding_mask
     backend: str
+
+    def attend(self, descale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return output and lse; `descale` is [2], for fp8."""
+        if self.backend == "pytorch":
+            return self.run("attention")
+        masks = (self.options[name] for name in ("softcap", "sinks", "key_padding_mask"))
+        return kernels("forward_ops").forward_op(*self[:7], *window_sides(self.options["window"]), *masks, descale)
 
     def run(self, name: str, buffers: dict[str, Tensor] | None = None, **own) -> tuple[Tensor, ...]:
         """Run a function of `stage3_scores_and_sums/launch.py`, or its twin in PyTorch.
@@ -77,8 +84,10 @@ def checked_problem(
 ) -> Problem:
     """Check the arguments that all functions of attention share; raise TypeError or ValueError.
 
-    A seed of None is drawn from torch's generator where weights are dropped.
+    Under autocast q, k and v are cast to its dtype, as PyTorch's own attention does it. A seed of None is drawn from
+    torch's generator where weights are dropped.
     """
+    q, k, v = autocasted(q, k, v)
     check_attention(q, k, v, causal, sm_scale, dropout_p, seed, allow_fp8=allow_fp8)
     check_features(q, k, window, softcap, sinks, key_padding_mask, descales)
     backend = check_backend(backend, q, k, v, *(() if sinks is None else (sinks,)))
@@ -87,6 +96,17 @@ def checked_problem(
     scale = None if sm_scale is None else float(sm_scale)
     options = {"window": window, "softcap": softcap, "sinks": sinks, "key_padding_mask": key_padding_mask}
     return Problem(q, k, v, causal, scale, float(dropout_p), seed, options, backend)
+
+
+def autocasted(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the inputs in autocast's dtype, where autocast is on for their device; fp64 and fp8 stay what they are."""
+    cast = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in cast
+        else x
+        for x in inputs
+    )
 
 
 def kernels(module: str) -> ModuleType:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import pytorch_backend
@@ -92,7 +93,7 @@ def attention_with_reduction(
         per_query_head: fold the columns of each query head apart, and not those of a head group into one.
 
     Returns:
-        AttentionReduction(output, row, col).
+        AttentionReduction(output, row, col). The output is differentiable, reductions are not.
 
     Raises:
         TypeError, ValueError: as in `attention_with_stats`; a fold is not jitted or does not take five arguments.
@@ -105,16 +106,16 @@ def attention_with_reduction(
             check_fold(name, fold, problem.backend)
     masks = {name: problem.options[name] for name in ("window", "softcap", "key_padding_mask")}
     arguments = (problem.causal, problem.sm_scale)
+    output, lse = problem.attend()
     if problem.backend == "pytorch":
-        output, lse = problem.run("attention")
         fold_rows = fold_columns = pytorch_backend
     else:
-        output, lse = kernels("launch").attention_forward(*problem[:7], **problem.options)
         fold_rows, fold_columns = kernels("launch"), kernels("column_sums")
     rows = columns = None
-    if row is not None:
-        rows = fold_rows.fold_rows(q, k, lse, row, row_start, *arguments, **masks)
-    if col is not None:
-        masks["per_query_head"] = per_query_head
-        columns = fold_columns.fold_columns(q, k, lse, col, col_start, *arguments, **masks)
+    with torch.no_grad():
+        if row is not None:
+            rows = fold_rows.fold_rows(problem.q, problem.k, lse, row, row_start, *arguments, **masks)
+        if col is not None:
+            masks["per_query_head"] = per_query_head
+            columns = fold_columns.fold_columns(problem.q, problem.k, lse, col, col_start, *arguments, **masks)
     return AttentionReduction(output, rows, columns)

@@ -266,7 +266,7 @@ def _cross_token(
         room(argument, *kind) if x is None else x for (argument, x), kind in zip(given.items(), shapes, strict=True)
     )
     if problem.backend == "pytorch":
-        results = problem.run(name, **region, **own)
+        results = problem.run(name, {"out": output, "col_sum": sums}, **region, **own)
         return tuple(
             x if to is None else to.copy_(x) for to, x in zip((output, sums), (results[0], results[2]), strict=True)
         )

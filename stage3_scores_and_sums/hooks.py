@@ -168,7 +168,8 @@ def store_stats(args, carry, state, lse_log2, begin, stop, place):
     empty = state.row_sum == 0.0
     below_lse = tl.where(empty, 0.0, lse_log2 - state.row_max)
     max_weight = tl.where(empty, 0.0, tl.exp2(-below_lse))  # the largest logit's
-    entropy = tl.maximum(max_weight * (below_lse * state.row_sum - weighted_log) * LN_2, 0.0)  # H = Σ p·(L - s)
+    entropy = max_weight * (below_lse * state.row_sum - weighted_log) * LN_2  # H = Σ p·(L - s)
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)  # rounding; NaN stays
     mean_distance = weighted_distance / tl.where(empty, 1.0, state.row_sum)
     store_rows(entropy_ptr, entropy, place, n_q)
     store_rows(max_weight_ptr, max_weight, place, n_q)

@@ -61,5 +61,5 @@ def triangle(y_desc, rows, batch, head, y_start):
     counts = counted(rows, batch, y_start + idx)
     y_tile = load_tile(y_desc, batch, head, y_start, CHUNK, rows.BLOCK_D)
     y_tile = tl.where(counts[:, None], y_tile, 0.0).to(y_tile.dtype)
-    ones = (idx[None, :] < idx[:, None]).to(y_tile.dtype)
+    ones = tl.where(idx[None, :] < idx[:, None], 1.0, 0.0).to(y_tile.dtype)
     return dot(ones, y_tile, None, rows.FP32_PRECISION)

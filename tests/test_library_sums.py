@@ -469,9 +469,7 @@ def test_bad_input(name):
 
 def test_fp8_has_no_total_attention(device):
     q, k, v = (x.to(torch.float8_e4m3fn) for x in make_qkv(SMALL, device=device))
-    with pytest.raises(
-        ValueError, match="return_total_attention takes fp16, bf16, fp32 or fp64, got torch.float8_e4m3fn"
-    ):
+    with pytest.raises(ValueError, match="return_total_attention takes fp16, bf16, fp32 or fp64, got"):
         attention(q, k, v, return_total_attention=True, backend="triton")
 
 

@@ -32,9 +32,10 @@ def test_figures_are_those_of_the_training_report():
         "stage1_pytorch_tiled/README.md",
         "stage2_triton_forward/README.md",
         "stage3_scores_and_sums/README.md",
+        "stage4_backward/README.md",
         "course/text/README.md",
     ],
-    ids=["front", "lesson 1", "lesson 2", "lesson 3", "texts"],
+    ids=["front", "lesson 1", "lesson 2", "lesson 3", "lesson 4", "texts"],
 )
 def test_links_lead_somewhere(file):
     page = ROOT / file
@@ -51,7 +52,7 @@ def test_tables_are_those_of_the_recorded_results(page):
 def test_recorded_results_name_their_origin_and_are_right():
     for file in render.RESULTS.glob("*.json"):
         recorded = render.load(file.stem)
-        assert set(recorded["provenance"]) == {"device", "torch", "triton", "transformers", "commit", "date"}
+        assert set(recorded["provenance"]) >= {"device", "torch", "triton", "transformers", "commit", "date"}
         assert re.fullmatch(r"[0-9a-f]{40}", recorded["provenance"]["commit"])
         assert all(row.get("right", True) for row in recorded["rows"]), f"{file.name} holds a wrong answer"
 

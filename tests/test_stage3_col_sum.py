@@ -11,7 +11,7 @@ tl = triton.language
 from stage2_triton_forward.hook import Place  # noqa: E402
 
 ALGORITHMS = ["atomic_reverse", "atomic_round_robin"]
-SELF = Case(2, 4, 2, 40, 70, 16, True)
+SELF = Case(2, 2, 1, 40, 70, 16, True)
 CACHE = Case(1, 4, 2, 21, 130, 16, True)
 BLOCK = 16
 
@@ -32,7 +32,7 @@ def check(launch, algorithm, q, k, v, *args, **options):
 
 
 @each_algorithm
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[7], *CASES[8:13]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], *CASES[8:12]], ids=str)
 def test_matches_oracle(launch, device, case, algorithm):
     check(launch, algorithm, *make_qkv(case, device=device), case.causal)
 
@@ -50,8 +50,7 @@ def test_features(launch, device, case, name):
     check(launch, "atomic_reverse", *make_qkv(case, device=device), **options)
 
 
-@each_algorithm
-@pytest.mark.parametrize("window", [None, (40, None)])
+@pytest.mark.parametrize(("algorithm", "window"), zip(ALGORITHMS, [None, (40, None)], strict=True), ids=ALGORITHMS)
 def test_region(launch, device, algorithm, window):
     q, k, v = make_qkv(CACHE, device=device)
     for split in (0, 17, 20):

@@ -13,10 +13,10 @@ SELF = Case(2, 2, 1, 40, 40, 16, True)
 HEADS = Case(2, 4, 2, 45, 45, 16, True)
 SHAPES = {
     "self": SELF,
-    "M < N": Case(1, 4, 2, 21, 90, 16, True),
-    "M > N": Case(1, 4, 1, 90, 33, 24, True),
-    "far apart": Case(1, 2, 1, 3, 300, 16, True),
-    "far beyond": Case(1, 2, 1, 300, 3, 16, True),
+    "M < N": Case(1, 4, 2, 21, 70, 16, True),
+    "M > N": Case(1, 3, 1, 70, 33, 24, True),
+    "far apart": Case(1, 2, 1, 3, 200, 16, True),
+    "far beyond": Case(1, 2, 1, 200, 3, 16, True),
 }
 MASKS = {
     "both sides": {"window": 9},
@@ -61,7 +61,7 @@ def test_matches_oracle(linear_sums, device, case):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("case", [SELF, CASES[9], CASES[-1]], ids=str)
+@pytest.mark.parametrize("case", [SELF, CASES[9]], ids=str)
 def test_half_precision(linear_sums, device, dtype, case):
     q, k, _ = make_qkv(case, dtype, device)
     check(linear_sums, q, k, True, window=(50, None))
@@ -75,7 +75,7 @@ def test_masks(linear_sums, device, case, options):
 
 
 @each_shape
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (30, 7)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": (30, None)}], ids=str)
 def test_padding(linear_sums, device, case, options):
     q, k, _ = make_qkv(case, device=device)
     real = torch.rand(case.batch, case.n_k, device=device) > 0.3
@@ -89,8 +89,8 @@ def test_cross_token_regions(linear_sums, device, case, options):
     """Splits at the ends, on a chunk's edge and across a chunk; regions whose corner lies off the diagonal."""
     q, k, _ = make_qkv(case, device=device)
     results = references(q, k, k, **options)
-    splits = [(split, split) for split in (0, 1, 32, 33, case.n_k)]
-    for q_begin, k_stop in [*splits, (case.n_q, 20), (case.n_q + 5, 20), (17, case.n_k), (0, 16)]:
+    splits = [(split, split) for split in (0, 1, 32, 33)]
+    for q_begin, k_stop in [*splits, (case.n_q, 20), (17, case.n_k), (0, 16)]:
         expected = (of_region(result, case.n_kv_heads, q_begin, k_stop) for result in results)
         actual = linear_sums.linear_col_sum(q, k, **options, q_begin=q_begin, k_stop=k_stop)
         assert_right("col_sum", actual, *expected, dtype=torch.float32)
@@ -138,7 +138,7 @@ def test_what_is_not_finite_stays_in_its_head(linear_sums, device, value):
 
 
 def test_never_makes_the_matrix(linear_sums, device):
-    q, k, _ = make_qkv(Case(1, 1, 1, 700, 700, 16, True), device=device)
+    q, k, _ = make_qkv(Case(1, 1, 1, 500, 500, 16, True), device=device)
     for sums in (linear_sums.linear_row_sum, linear_sums.linear_col_sum):
         with LargestTensor() as largest:
             sums(q, k, True, window=(99, None))
@@ -176,7 +176,7 @@ def check_accuracy(linear_sums, n, causal, device):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_accuracy(linear_sums, device, causal):
-    check_accuracy(linear_sums, 2048, causal, device)
+    check_accuracy(linear_sums, 1024, causal, device)
 
 
 @pytest.mark.gpu
@@ -185,7 +185,7 @@ def test_accuracy_of_long_sequences(linear_sums, causal):
     check_accuracy(linear_sums, 65536, causal, "cuda")
 
 
-@settings(max_examples=12, deadline=None, database=None)
+@settings(max_examples=8, deadline=None, database=None)
 @given(
     batch=st.integers(1, 2),
     group=st.sampled_from([1, 3]),

@@ -10,9 +10,9 @@ from test_stage2_features import FEATURES, options_of
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
-SELF = Case(2, 2, 1, 40, 70, 16, True)
+SELF = Case(2, 2, 1, 33, 70, 16, True)
 HEADS = Case(1, 4, 2, 21, 90, 16, True)
-EMPTY_ROWS = Case(1, 3, 1, 90, 33, 24, True)
+EMPTY_ROWS = Case(1, 3, 1, 60, 33, 24, True)
 MASKED = ["causal window", "right window", "softcap", "sinks", "padding", "negative scale"]
 
 each_case = pytest.mark.parametrize("case", [SELF, EMPTY_ROWS], ids=["M < N", "M > N"])
@@ -137,7 +137,7 @@ def test_half_precision(fold_rows, fold_columns, hooks, device, dtype):
     assert_right("col_sum", fold_columns(q, k, lse, hooks.squared_weights, 0.0, True), *expected)
 
 
-@pytest.mark.parametrize("case", [HEADS, CASES[0], *CASES[9:13]], ids=str)
+@pytest.mark.parametrize("case", [HEADS, CASES[0], *CASES[10:12]], ids=str)
 def test_shapes(fold_rows, fold_columns, hooks, device, case):
     q, k, v = make_qkv(case, device=device)
     oracle, naive, lse = both(q, k, v, case.causal)

@@ -7,7 +7,7 @@ import torch
 from helpers import CASES, HALF, Case, assert_right, make_qkv, references
 from test_stage2_features import FEATURES, options_of
 
-CACHE = Case(2, 2, 1, 21, 150, 16, True)
+CACHE = Case(2, 2, 1, 21, 130, 16, True)
 EMPTY_ROWS = Case(1, 4, 1, 90, 33, 24, True)
 
 
@@ -25,7 +25,7 @@ def check(launch, q, k, v, *args, **options):
     assert_right("row_sum", row_sum, oracle, naive, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("case", [*CASES[:6], *CASES[8:13], EMPTY_ROWS], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:5], CASES[8], *CASES[10:13], EMPTY_ROWS], ids=str)
 def test_matches_oracle(launch, device, case):
     check(launch, *make_qkv(case, device=device), case.causal)
 

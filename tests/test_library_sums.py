@@ -473,15 +473,16 @@ def test_fp8_has_no_total_attention(device):
         attention(q, k, v, return_total_attention=True, backend="triton")
 
 
+@each_backend
 @each_cross
-def test_buffers_do_not_go_with_gradients(device, name):
+def test_buffers_do_not_go_with_gradients(device, backend, name):
     q, k, v = make_qkv(SMALL, device=device)
     out = torch.empty_like(q)
     for options in ({"out": out}, {"reuse_buffers": True}):
         with pytest.raises(ValueError, match="buffers and reuse_buffers do not go with gradients"):
-            CROSS[name](q, k.requires_grad_(), v, SPLIT, **options, backend="triton")
+            CROSS[name](q, k.requires_grad_(), v, SPLIT, **options, backend=backend)
         with torch.no_grad():
-            CROSS[name](q, k, v, SPLIT, **options, backend="triton")
+            CROSS[name](q, k, v, SPLIT, **options, backend=backend)
 
 
 @pytest.mark.parametrize("function", [*list(SUMS.values())[:3], attention_with_col_sum_sequential])

@@ -50,7 +50,9 @@ def test_features(launch, device, case, name):
     check(launch, "atomic_reverse", *make_qkv(case, device=device), **options)
 
 
-@pytest.mark.parametrize(("algorithm", "window"), zip(ALGORITHMS, [None, (40, None)], strict=True), ids=ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "window"), list(zip(ALGORITHMS, [None, (40, None)], strict=True)), ids=ALGORITHMS
+)
 def test_region(launch, device, algorithm, window):
     q, k, v = make_qkv(CACHE, device=device)
     for split in (0, 17, 20):

@@ -7,6 +7,8 @@ import torch
 from helpers import CASES, HALF, Case, assert_right, make_qkv, references
 from test_stage2_features import FEATURES, options_of
 
+from course.grader import compare
+
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
@@ -26,8 +28,8 @@ def add_logits(acc, logits, weights, q_idx, k_idx):
 
 @triton.jit
 def add_positions(acc, logits, weights, q_idx, k_idx):
-    """Sum the weights, each times a number that only its query and its key have."""
-    return acc + tl.sum(weights * (3 * q_idx - k_idx), 1)
+    """Sum the weights, each times a number that tells queries from keys."""
+    return acc + tl.sum(weights * (3 * q_idx + k_idx), 1)
 
 
 @triton.jit
@@ -68,10 +70,10 @@ def kept(result, name, values):
 
 
 def positions(result):
-    """Return 3·i - j of every query i and key j."""
+    """Return 3·i + j of every query i and key j."""
     q_idx = torch.arange(result.weights.shape[2], device=result.weights.device)
     k_idx = torch.arange(result.weights.shape[3], device=result.weights.device)
-    return 3 * q_idx[:, None] - k_idx
+    return 3 * q_idx[:, None] + k_idx
 
 
 def per_group(x, n_kv_heads):
@@ -102,9 +104,10 @@ def test_columns(fold_columns, hooks, device, case, name):
     options = options_of(FEATURES[name], case, device)
     oracle, naive, lse = both(q, k, v, **options)
     options = second_pass(options)
-    squared = (kept(x, "col_sum", per_group(x.weights**2, case.n_kv_heads).sum((2, 3))) for x in (oracle, naive))
+    squared = (per_group(x.weights**2, case.n_kv_heads).sum((2, 3)) for x in (oracle, naive))
     actual = fold_columns(q, k, lse, hooks.squared_weights, 0.0, **options)
-    assert_right("col_sum", actual, *squared, dtype=torch.float32)
+    result = compare(actual, *squared, eps_factor=16)  # a square has twice the relative error
+    assert result.ok, f"sum of squares: error {result.max_error:.3g}, allowed {result.allowed:.3g}"
     if name in ("full", "causal window", "padding"):
         sums = fold_columns(q, k, lse, add_logits, 0.0, **options)
         assert_right("col_sum", sums, oracle, naive, dtype=torch.float32)

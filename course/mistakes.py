@@ -30,6 +30,12 @@ LINEAR_SUMS = "test_stage3_linear_sums.py::"
 SOFTMAX_SUMS = "test_stage3_softmax_sums.py::"
 STATS = "test_stage3_stats.py::"
 REDUCTION = "test_stage3_reduction.py::"
+RECOMPUTED = "test_stage4_recompute.py::"
+AUTOGRAD = "test_stage4_autograd.py::"
+DELTA = "test_stage4_delta.py::"
+GRAD_Q = "test_stage4_grad_q.py::"
+GRAD_KV = "test_stage4_grad_kv.py::"
+LINEAR_GRADS = "test_stage4_linear_grads.py::"
 SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
 LOOP = "stage1_pytorch_tiled/tiled_forward.py"
 HOOKS = "stage1_pytorch_tiled/hooks.py"
@@ -40,6 +46,10 @@ LOOP_HOOKS = "stage3_scores_and_sums/hooks.py"
 LAUNCH = "stage3_scores_and_sums/launch.py"
 COLUMNS = "stage3_scores_and_sums/column_sum_kernel.py"
 LINEAR = "stage3_scores_and_sums/linear_sum_kernel.py"
+RECOMPUTE = "stage4_backward/recompute_pytorch.py"
+BACKWARD = "stage4_backward/launch.py"
+GRAD_TILES = "stage4_backward/grad_tiles.py"
+GRAD_KV_KERNEL = "stage4_backward/grad_kv_kernel.py"
 
 MISTAKES = [
     Mistake(
@@ -475,5 +485,77 @@ MISTAKES = [
         'describe_logits(1.0, None, "ieee")',
         REDUCTION + "test_rows[softcap-M < N]",
         "Scores are kept before the softcap, weights come after it.",
+    ),
+    Mistake(
+        "dropped_delta",
+        RECOMPUTE,
+        "return weights * (grad_weights + column_grads - delta), grad_v",
+        "return weights * (grad_weights + column_grads), grad_v",
+        RECOMPUTED + "test_matches_oracle[b1-h2k2-m64n64-d64-full]",
+        "A weight that grows takes from the others of its row: hence the mean gradient, which is subtracted.",
+    ),
+    Mistake(
+        "scale_forgotten_in_dk",
+        RECOMPUTE,
+        "(grad_k * grid.sm_scale).to(k.dtype)",
+        "grad_k.to(k.dtype)",
+        RECOMPUTED + "test_matches_oracle[b1-h2k2-m64n64-d64-full]",
+        "Logits are s·q·kᵀ: both of dQ = s·dS·K and dK = s·dSᵀ·Q carry the scale.",
+    ),
+    Mistake(
+        "group_not_summed",
+        RECOMPUTE,
+        "grad_v = (kept.mT @ grad_output).sum(2)",
+        "grad_v = (kept.mT @ grad_output)[:, :, 0]",
+        RECOMPUTED + "test_matches_oracle[b1-h4k2-m63n63-d64-causal]",
+        "Values that several query heads share get the gradients of all of them.",
+    ),
+    Mistake(
+        "nan_from_rows_that_see_nothing",
+        RECOMPUTE,
+        "logits - row_lse.masked_fill(torch.isneginf(row_lse), 0)",
+        "logits - row_lse",
+        RECOMPUTED + "test_rows_that_see_nothing[output and lse]",
+        "Where a row sees no key both are -inf, and -inf - (-inf) is NaN.",
+    ),
+    Mistake(
+        "gradient_of_dropped_weights",
+        RECOMPUTE,
+        "    grad_weights = grad_weights if factor is None else grad_weights * factor\n",
+        "",
+        RECOMPUTED + "test_dropout_is_drawn_again",
+        "A weight that was dropped did not reach the output, and one that was kept reached it scaled.",
+    ),
+    Mistake(
+        "softcap_not_differentiated",
+        RECOMPUTE,
+        "grad_logits = grad_logits * (1 - torch.tanh(tile.scores / softcap) ** 2)",
+        "grad_logits = grad_logits * 1",
+        RECOMPUTED + "test_features[softcap-self]",
+        "d/dx c·tanh(x/c) = 1 - tanh²(x/c): a capped logit passes on less.",
+    ),
+    Mistake(
+        "sinks_pulled_the_wrong_way",
+        RECOMPUTE,
+        "return -(weights * delta)",
+        "return (weights * delta)",
+        RECOMPUTED + "test_features[sinks-self]",
+        "A sink gives no value, so that its dP is 0, and P·(0 - delta) is left.",
+    ),
+    Mistake(
+        "backward_forgets_is_causal",
+        "stage4_backward/autograd.py",
+        "Gradients(output=grad_output), ctx.is_causal)",
+        "Gradients(output=grad_output), False)",
+        AUTOGRAD + "test_output_and_gradients[FlashAttentionPyTorchFunc-b1-h4k2-m21n90-d16-causal-True]",
+        "What the backward pass recomputes must be masked as the forward pass was.",
+    ),
+    Mistake(
+        "gradient_of_the_lse_with_the_wrong_sign",
+        BACKWARD,
+        "extra = None if grads.lse is None else -grads.lse.float()",
+        "extra = None if grads.lse is None else grads.lse.float()",
+        DELTA + "test_what_else_hangs_on_the_normaliser[lse-b2-h2k1-m70n70-d32-causal]",
+        "d lse_i / d s_ij = P_ij, and dS = P ∘ (dP - delta): what is added to dS is subtracted from delta.",
     ),
 ]

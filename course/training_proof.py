@@ -40,10 +40,9 @@ QUIET, BLUE, ORANGE, PURPLE = "#8a8a8a", "#0072B2", "#D55E00", "#AA4499"
 
 
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention as transformers asks for it; under autocast, rotated queries and keys come in fp32, values do not."""
+    """Attention as transformers asks for it."""
     if attention_mask is not None:
         raise ValueError("the training proof has no padding, so there should be no mask")
-    query, key = query.to(value.dtype), key.to(value.dtype)
     output = attention(query, key, value, causal=True, sm_scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous(), None
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stage1_pytorch_tiled.tiled_forward import tiled_attention
 
@@ -12,7 +13,10 @@ from .recompute_pytorch import recompute_backward
 
 
 class _FlashAttentionFunc(torch.autograd.Function):
-    """Saves q, k, v, the output and one lse tensor: all that a backward pass by recomputation needs."""
+    """Saves q, k, v, the output and one lse tensor: all that a backward pass by recomputation needs.
+
+    The lse is not an output, so that second derivatives would miss what flows through it: asking for them raises.
+    """
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -62,6 +66,7 @@ class FlashAttentionPyTorchFunc(_FlashAttentionFunc):
         return FlashAttentionPyTorchFunc._forward(ctx, q, k, v, is_causal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         return FlashAttentionPyTorchFunc._backward(ctx, grad_output)
 
@@ -86,6 +91,7 @@ class FlashAttentionTritonFunc(_FlashAttentionFunc):
         return FlashAttentionTritonFunc._forward(ctx, q, k, v, is_causal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         return FlashAttentionTritonFunc._backward(ctx, grad_output)
 

@@ -79,3 +79,10 @@ def test_not_causal_by_default(function, device):
         by_default, torch.autograd.grad(function.apply(q, k, v, False), (q, k, v), grad), strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+def test_second_derivatives_are_refused(function, device):
+    q, k, v = (x.requires_grad_() for x in make_qkv(CACHE, device=device))
+    (grad_q,) = torch.autograd.grad(function.apply(q, k, v, True).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_q.sum().backward()

@@ -33,7 +33,7 @@ REDUCTION = "test_stage3_reduction.py::"
 RECOMPUTED = "test_stage4_recompute.py::"
 AUTOGRAD = "test_stage4_autograd.py::"
 DELTA = "test_stage4_delta.py::"
-GRAD_Q = "test_stage4_grad_q.py::"
+KERNELS = "test_stage4_kernels.py::"
 GRAD_KV = "test_stage4_grad_kv.py::"
 LINEAR_GRADS = "test_stage4_linear_grads.py::"
 SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
@@ -563,7 +563,7 @@ MISTAKES = [
         GRAD_TILES,
         "grad = weights * (grad_weights - delta)",
         "grad = weights * grad_weights",
-        GRAD_Q + "test_matches_oracle[b1-h2k2-m64n64-d64-full]",
+        KERNELS + "test_matches_oracle[grad_q-b1-h2k2-m64n64-d64-full]",
         "A weight that grows takes from the others of its row: hence the mean gradient, which is subtracted.",
     ),
     Mistake(
@@ -571,7 +571,7 @@ MISTAKES = [
         GRAD_TILES,
         "grad *= 1.0 - squashed * squashed",
         "grad *= 1.0",
-        GRAD_Q + "test_features[softcap-self]",
+        KERNELS + "test_features[grad_q-softcap-self]",
         "d/dx c·tanh(x/c) = 1 - tanh²(x/c): a capped logit passes on less.",
     ),
     Mistake(
@@ -579,7 +579,7 @@ MISTAKES = [
         GRAD_TILES,
         "inside = visible & (q_idx < mask.n_q)",
         "inside = (q_idx < mask.n_q)",
-        GRAD_Q + "test_losses[scores-M < N]",
+        KERNELS + "test_losses[grad_q-scores-M < N]",
         "A masked score is 0 whatever q and k are: its gradient goes nowhere.",
     ),
     Mistake(
@@ -587,7 +587,7 @@ MISTAKES = [
         GRAD_TILES,
         "tl.where((q_idx >= score_grads.q_begin) & (q_idx < score_grads.q_stop), columns, 0.0)",
         "tl.where(q_idx >= 0, columns, 0.0)",
-        GRAD_KV + "test_losses[some queries-M < N]",
+        KERNELS + "test_losses[grad_kv-some queries-M < N]",
         "Queries that were not summed have no part in the sum's gradient.",
     ),
     Mistake(
@@ -595,7 +595,7 @@ MISTAKES = [
         "stage4_backward/grad_q_kernel.py",
         "visible = visible_tile(mask, batch, q_idx, k_idx)",
         "visible = visible_tile(mask, batch, q_idx - 1, k_idx)",
-        GRAD_Q + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
+        KERNELS + "test_matches_oracle[grad_q-b2-h2k2-m16n16-d32-causal]",
         "A query sees its own key, in the backward pass too.",
     ),
     Mistake(
@@ -603,7 +603,7 @@ MISTAKES = [
         "stage4_backward/grad_q_kernel.py",
         "grad_weights *= dropped(dropout, batch_head, q_idx, k_idx)",
         "grad_weights *= 1.0",
-        GRAD_Q + "test_dropout_is_drawn_again",
+        KERNELS + "test_dropout_is_drawn_again[grad_q]",
         "A weight that was dropped did not reach the output, and one that was kept reached it scaled.",
     ),
     Mistake(
@@ -611,7 +611,7 @@ MISTAKES = [
         GRAD_KV_KERNEL,
         "grad_v = dot(kept.to(grad_out.dtype), grad_out, grad_v,",
         "grad_v = dot(tl.trans(kept).to(grad_out.dtype), grad_out, grad_v,",
-        GRAD_KV + "test_matches_oracle[b1-h2k2-m64n64-d64-full]",
+        KERNELS + "test_matches_oracle[grad_kv-b1-h2k2-m64n64-d64-full]",
         "dV = Pᵀ·dO, and the tile stands transposed already: Sᵀ = K·Qᵀ.",
     ),
     Mistake(
@@ -619,7 +619,7 @@ MISTAKES = [
         GRAD_KV_KERNEL,
         "grad_k * to_logits.scale",
         "grad_k",
-        GRAD_KV + "test_matches_oracle[b1-h2k2-m64n64-d64-full]",
+        KERNELS + "test_matches_oracle[grad_kv-b1-h2k2-m64n64-d64-full]",
         "Logits are s·q·kᵀ: both of dQ = s·dS·K and dK = s·dSᵀ·Q carry the scale.",
     ),
     Mistake(
@@ -635,7 +635,7 @@ MISTAKES = [
         GRAD_KV_KERNEL,
         "            kept = weights * factor\n",
         "",
-        GRAD_KV + "test_dropout_is_drawn_again",
+        KERNELS + "test_dropout_is_drawn_again[grad_kv]",
         "dV = (P ∘ Z)ᵀ·dO, with the mask Z that the forward pass drew: the seed gives it again.",
     ),
     Mistake(

@@ -21,13 +21,16 @@ ROOT = Path(__file__).parent.parent
 def outcomes(names: list[str]) -> list[dict[str, str]]:
     """Try mistakes in a fresh process, which imports the heavy packages once and then forks for each mistake.
 
+    A forked process cannot use a GPU that its parent has used: the gate runs interpreted everywhere.
+
     Returns:
         For each: `name`; `outcome`, "caught" when its test ran and failed by assertion, "missed" when it passed,
         "crashed" for anything else; `said`, what pytest printed.
     """
     command = [sys.executable, "-P", "-m", "course.mutants", *names]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stderr)
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -143,7 +143,8 @@ def draw(records: dict[str, dict[str, Any]]) -> Figure:
             bottom.plot(steps, apart, ".", color=color, ms=3, label=widest)
         bottom.set_yscale("log")
         bottom.set(xlabel="step", ylabel="|loss − PyTorch's|")
-        bottom.legend(frameon=False, fontsize=9, markerscale=3, title="equal losses are not drawn", title_fontsize=8.5)
+        note = {"title": "equal losses are not drawn", "title_fontsize": 8.5}
+        bottom.legend(loc="lower right", framealpha=0.9, edgecolor="none", fontsize=9, markerscale=3, **note)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(QUIET)

@@ -15,7 +15,7 @@ from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 from .forward_kernel import Logits, Tiles, forward_kernel
 from .hook import PLAIN, Hook
 from .simple_kernel import simple_forward_kernel
-from .tile_config import forward_config, heads_together, simple_config
+from .tile_config import TileConfig, forward_config, heads_together, simple_config
 from .tiles import Dropout, Mask
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
@@ -118,8 +118,8 @@ def forward(
         output [B, Hq, M, Dv] in q's dtype (bf16 for fp8) and lse [B, Hq, M] fp32; rows that see no key hold 0 and -inf.
         With n_splits > 1, both in fp32 with a leading dimension for the splits, to be merged by lse.
     """
-    batch, n_heads, n_q, head_dim = q.shape
-    n_kv_heads, n_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    batch, n_heads, n_q, _ = q.shape
+    n_k, head_dim_v = k.shape[2], v.shape[3]
     splits = (n_splits,) if n_splits > 1 else ()
     out_dtype = torch.float32 if splits else output_dtype(q)
     rows = (*splits, batch, n_heads, n_q)
@@ -132,12 +132,8 @@ def forward(
     guarded = mask.HAS_LEFT.value or mask.HAS_PADDING.value or softcap is not None or hook is not PLAIN
     storing = hook_tensor is not None
     config = forward_config(q, head_dim_v, guarded, dropout_p > 0, storing and compute_output)
-    tiles = Tiles(
-        *map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n)),
-        *(tl.constexpr(padded_head_dim(width, q.dtype)) for width in (head_dim, head_dim_v)),
-    )
+    tiles = describe_tiles(q, k, head_dim_v, config)
     to_logits = describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision)
-    dropout = Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
     flat_output = output.view(-1, n_heads, n_q, head_dim_v)
     aligned_output = describable(flat_output, copy=False)
     out_desc = descriptor(aligned_output, config.block_m, tiles.BLOCK_DV.value)
@@ -154,7 +150,7 @@ def forward(
             out_desc if hook_tensor is None else descriptor(hook_tensor, config.block_m, config.block_n),
             mask,
             to_logits,
-            dropout,
+            describe_dropout(seed, dropout_p),
             tiles,
             hook,
             batch,
@@ -203,6 +199,17 @@ def describe_logits(sm_scale: float, softcap: float | None, fp32_precision: str)
     sign = (sm_scale > 0) - (sm_scale < 0)
     cap = 1.0 if softcap is None else softcap
     return Logits(abs(sm_scale) or 1.0, cap, *map(tl.constexpr, (sign, softcap is not None, fp32_precision)))
+
+
+def describe_tiles(q: Tensor, k: Tensor, head_dim_v: int, config: TileConfig) -> Tiles:
+    """Describe the tiles of q, k and values of width `head_dim_v` for the kernels."""
+    widths = (padded_head_dim(width, q.dtype) for width in (q.shape[3], head_dim_v))
+    return Tiles(*map(tl.constexpr, (q.shape[1] // k.shape[1], config.block_m, config.block_n, *widths)))
+
+
+def describe_dropout(seed: int, dropout_p: float) -> Dropout:
+    """Describe which weights are dropped for the kernels."""
+    return Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
 
 
 def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> TensorDescriptor:

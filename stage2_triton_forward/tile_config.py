@@ -104,8 +104,7 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool,
         has_dropout: whether weights are dropped.
         storing: whether a hook stores every tile of logits.
     """
-    table = _tables()
-    rows = table[min(width for width in table if width >= max(q.shape[3], head_dim_v))]
+    rows = of_width(_tables(), max(q.shape[3], head_dim_v))
     if q.dtype == torch.float32:
         return rows.fp32
     if has_dropout:
@@ -124,11 +123,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
+def architecture() -> int | None:
+    """Return the compute capability that kernels are compiled for, such as 90; None in the interpreter."""
+    return None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def of_width(table: dict, width: int):
+    """Return the row of the smallest head dimension that holds `width`."""
+    return table[min(limit for limit in table if limit >= width)]
+
+
 def _tables() -> dict[int, Rows]:
     """Return the configs of the GPU that kernels are compiled for."""
-    if triton.knobs.runtime.interpret:
+    arch = architecture()
+    if arch is None:
         return _INTERPRETED
-    arch = triton.runtime.driver.active.get_current_target().arch
     return _HOPPER if arch == 90 else _TURING if arch < 80 else _ANY_GPU
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from stage2_triton_forward.forward_kernel import with_sign
-from stage2_triton_forward.tiles import dot, load_tile, visible_tile
+from stage2_triton_forward.tiles import dot, load_tile, real_keys, visible_tile
 
 from .hooks import final_weights, load_lse
 
@@ -74,8 +74,7 @@ def column_sum_kernel(
     if ADDITIVE:
         acc = tl.sum(acc, 0)
     if mask.HAS_PADDING:  # nobody sees a key that is not real
-        real = tl.load(mask.padding_ptr + batch.to(tl.int64) * mask.n_k + k_idx, mask=k_idx < mask.n_k, other=0)
-        acc = tl.where(real != 0, acc, start)
+        acc = tl.where(real_keys(mask.padding_ptr, mask.n_k, batch, k_idx), acc, start)
     out_row = out_ptr + tl.program_id(0).to(tl.int64) * region.k_stop
     tl.store(out_row + k_idx, acc, mask=k_idx < region.k_stop)
 

@@ -2,18 +2,16 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
-from stage2_triton_forward.forward_kernel import Tiles
 from stage2_triton_forward.launch import (
     default_scale,
     describe_logits,
+    describe_tiles,
     descriptor,
     device_of,
     key_mask,
-    padded_head_dim,
 )
 
 from .column_sum_kernel import Region, column_sum_kernel
@@ -83,7 +81,6 @@ def fold_columns(
         return out.fill_(start)
     parts = out if heads == group or per_query_head else out.new_empty(batch, n_heads, k_stop)
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=out)
-    constants = (group, config.block_m, config.block_n, *[padded_head_dim(q.shape[3], q.dtype)] * 2)
     with device_of(q):
         column_sum_kernel[(batch * n_heads // heads, n_tiles)](
             descriptor(q, config.block_m),
@@ -93,7 +90,7 @@ def fold_columns(
             parts,
             mask,
             describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),
-            Tiles(*map(tl.constexpr, constants)),
+            describe_tiles(q, k, q.shape[3], config),
             Region(q_begin, q_stop, k_stop),
             float(start),
             N_HEADS=n_heads,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.tiles import dot, load_tile
+from stage2_triton_forward.tiles import dot, load_tile, real_keys
 
 
 class Rows(NamedTuple):
@@ -117,8 +117,7 @@ def interval_sum_kernel(
         if step % Y_HEADS == Y_HEADS - 1:
             acc = tl.sum(at_ends, 1) + tl.sum(x_tile.to(tl.float32) * between[None, :], 1)
             if rows.X_PADDED:
-                keys = rows.padding_ptr + batch.to(tl.int64) * rows.n_keys + x_idx
-                acc = tl.where(tl.load(keys, mask=x_idx < rows.n_keys, other=0) != 0, acc, 0.0)
+                acc = tl.where(real_keys(rows.padding_ptr, rows.n_keys, batch, x_idx), acc, 0.0)
             out_row = out_ptr + (sums * X_GROUP + step // Y_HEADS).to(tl.int64) * n_out
             tl.store(out_row + x_idx, acc * scale, mask=counts_x)
             at_ends = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -162,6 +161,5 @@ def counted(rows, batch, y_idx):
     """Return which rows of y count: the padding is taken from the keys."""
     counts = (y_idx >= rows.y_begin) & (y_idx < rows.y_stop)
     if rows.Y_PADDED:
-        real = tl.load(rows.padding_ptr + batch.to(tl.int64) * rows.n_keys + y_idx, mask=counts, other=0)
-        counts = counts & (real != 0)
+        counts = counts & real_keys(rows.padding_ptr, rows.n_keys, batch, y_idx)
     return counts

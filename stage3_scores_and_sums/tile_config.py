@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig
+from stage2_triton_forward.tile_config import TileConfig, architecture, of_width
 
 
 class LinearSumConfig(NamedTuple):
@@ -26,12 +25,10 @@ _INTERPRETED = dict.fromkeys(_HOPPER, TileConfig(64, 64, 4, 2))
 
 def column_sum_config(q: Tensor) -> TileConfig:
     """Return the config of the key-stationary loop for q [B, Hq, M, D]: block_n keys are owned, block_m are walked."""
-    table = _INTERPRETED
-    if not triton.knobs.runtime.interpret:
-        if _arch() == 90 and q.dtype == torch.float32:
-            return _HOPPER_FP32
-        table = _HOPPER if _arch() == 90 else _ANY_GPU
-    config = table[min(width for width in table if width >= q.shape[3])]
+    arch = architecture()
+    if arch == 90 and q.dtype == torch.float32:
+        return _HOPPER_FP32
+    config = of_width(_INTERPRETED if arch is None else _HOPPER if arch == 90 else _ANY_GPU, q.shape[3])
     if q.dtype == torch.float32:
         config = config._replace(block_m=max(16, config.block_m // 2), block_n=max(16, config.block_n // 2))
     return config
@@ -39,12 +36,7 @@ def column_sum_config(q: Tensor) -> TileConfig:
 
 def linear_sum_config(x: Tensor) -> LinearSumConfig:
     """Return the config of the linear-time sums for x [B, H, N, D]."""
-    hopper = not triton.knobs.runtime.interpret and _arch() == 90
+    hopper = architecture() == 90
     if x.dtype == torch.float32:
         return LinearSumConfig(32, 4, 2, "tf32x3" if hopper else "ieee")
     return LinearSumConfig(64, 4, 2) if hopper and x.shape[3] <= 128 else LinearSumConfig(32, 4 if hopper else 8, 2)
-
-
-def _arch() -> int:
-    """Return the compute capability that kernels are compiled for, such as 90."""
-    return triton.runtime.driver.active.get_current_target().arch

@@ -5,21 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stage1_pytorch_tiled.philox import drop_threshold
 from stage1_pytorch_tiled.tiled_forward import Window
-from stage2_triton_forward.forward_kernel import Tiles
 from stage2_triton_forward.hook import make_hook
 from stage2_triton_forward.launch import (
     default_scale,
     describable,
+    describe_dropout,
     describe_logits,
+    describe_tiles,
     descriptor,
     device_of,
     forward,
     key_mask,
     padded_head_dim,
 )
-from stage2_triton_forward.tiles import Dropout
 from stage3_scores_and_sums.column_sum_kernel import Region
 
 from . import hooks
@@ -62,16 +61,16 @@ def backward(
 
     Source: FlashAttention-2 (Dao 2023), Algorithm 2.
     """
-    batch, n_heads, n_q, head_dim = q.shape
-    n_kv_heads, n_k, head_dim_v = k.shape[1], k.shape[2], v.shape[3]
+    batch, n_heads, n_q, _ = q.shape
+    n_kv_heads, n_k = k.shape[1:3]
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if q.numel() == 0 or k.numel() == 0:
         return *(x.zero_() for x in results), None if sinks is None else torch.zeros_like(sinks)
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
-    configs = backward_configs(q, head_dim_v)
+    configs = backward_configs(q, v.shape[3])
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
     to_logits = describe_logits(default_scale(q, sm_scale), softcap, configs.grad_q.fp32_precision)
-    dropout = Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
+    dropout = describe_dropout(seed, dropout_p)
     score_grads = _score_grads(q, grads, placeholder=lse)
     extra = None if grads.lse is None else -grads.lse.float()
     if grads.softmax_col_sum is not None:
@@ -79,11 +78,6 @@ def backward(
         through_columns = _column_grads(q, k, lse, score_grads, causal, sm_scale, **masks)
         extra = through_columns if extra is None else extra + through_columns
     delta = _delta(output, grad_output, extra, configs.grad_q.block_m)
-    widths = [padded_head_dim(width, q.dtype) for width in (head_dim, head_dim_v)]
-
-    def tiles(config):
-        return Tiles(*map(tl.constexpr, (n_heads // n_kv_heads, config.block_m, config.block_n, *widths)))
-
     aligned = [describable(x, copy=False) for x in results]
     with device_of(q):
         config = configs.grad_q
@@ -98,7 +92,7 @@ def backward(
             mask,
             to_logits,
             dropout,
-            tiles(config),
+            describe_tiles(q, k, v.shape[3], config),
             score_grads,
             N_HEADS=n_heads,
             HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,
@@ -118,7 +112,7 @@ def backward(
             mask,
             to_logits,
             dropout,
-            tiles(config),
+            describe_tiles(q, k, v.shape[3], config),
             score_grads,
             Region(0, n_q, n_k),
             N_HEADS=n_heads,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.tiles import dot, load_tile
+from stage2_triton_forward.tiles import dot, load_tile, real_keys
 from stage3_scores_and_sums.linear_sum_kernel import between_ends, counted
 
 
@@ -41,8 +41,7 @@ def interval_vector_kernel(
             acc -= triangle(y_desc, rows, batch, head, x_start + ends.left)
     acc += between_ends(ends, rows, sums, x_start)[None, :]
     if rows.X_PADDED:
-        keys = rows.padding_ptr + batch.to(tl.int64) * rows.n_keys + x_idx
-        acc = tl.where((tl.load(keys, mask=x_idx < rows.n_keys, other=0) != 0)[:, None], acc, 0.0)
+        acc = tl.where(real_keys(rows.padding_ptr, rows.n_keys, batch, x_idx)[:, None], acc, 0.0)
     inside = (x_idx < n_out)[:, None] & (d_idx < HEAD_DIM)[None, :]
     for x_head in range(X_GROUP):
         row = (sums * X_GROUP + x_head).to(tl.int64) * n_out

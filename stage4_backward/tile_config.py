@@ -3,10 +3,9 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig
+from stage2_triton_forward.tile_config import TileConfig, architecture, of_width
 
 
 class Rows(NamedTuple):
@@ -37,12 +36,11 @@ _INTERPRETED = {width: Rows(TileConfig(64, 64, 4, 1), TileConfig(64, 64, 4, 1)) 
 
 def backward_configs(q: Tensor, head_dim_v: int) -> Rows:
     """Return the configs of the two gradient kernels for q [B, Hq, M, D] and Dv."""
-    if triton.knobs.runtime.interpret:
+    arch = architecture()
+    if arch is None:
         table = _INTERPRETED
+    elif q.dtype == torch.float32:
+        table = _HOPPER_FP32 if arch == 90 else _SMALL
     else:
-        arch = triton.runtime.driver.active.get_current_target().arch
-        if q.dtype == torch.float32:
-            table = _HOPPER_FP32 if arch == 90 else _SMALL
-        else:
-            table = _HOPPER if arch == 90 else _ANY_GPU if arch >= 80 else _SMALL
-    return table[min(width for width in table if width >= max(q.shape[3], head_dim_v))]
+        table = _HOPPER if arch == 90 else _ANY_GPU if arch >= 80 else _SMALL
+    return of_width(table, max(q.shape[3], head_dim_v))

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from helpers import Case, make_qkv
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from course.grader import compare
 from stage1_pytorch_tiled.dense import naive_attention
 from stage1_pytorch_tiled.philox import keep_mask
+from stage4_backward.gradients import Gradients
 
 WHOLE = (0, None, None)  # q_begin, q_stop, k_stop of column sums
 INPUTS = ("q", "k", "v", "sinks")
@@ -137,6 +139,28 @@ def _rounded_away(qkv, grads, scores, options) -> dict[str, float]:
     cancelling = unit * scale * (grad_output.norm(dim=-1).max() * v.norm(dim=-1).max()).item()
     of_weights = unit * (scores.detach().abs().max() * grad_output.abs().max()).item()
     return {"q": cancelling * k.abs().max().item(), "k": cancelling * q.abs().max().item(), "v": of_weights}
+
+
+class Kernel:
+    """One of the two gradient kernels, alone in the backward pass: the other is not launched.
+
+    `kernel(problem)` returns the kernel's gradients by the names of the inputs.
+    """
+
+    def __init__(self, name: str, launch, monkeypatch):
+        pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+        self.gradients, other = {"grad_q": ("q", "grad_kv_kernel"), "grad_kv": ("kv", "grad_q_kernel")}[name]
+        self.launch = launch
+        monkeypatch.setattr(launch, other, Skipped())
+
+    def __call__(self, problem: Problem) -> dict[str, Tensor]:
+        found = self.launch.backward(*problem.inputs, Gradients(**problem.grads), **problem.options)
+        return {name: found["qkv".index(name)] for name in self.gradients}
+
+    def check(self, problem: Problem) -> None:
+        """Compare the kernel's gradients by the course's tolerance; those of values first, which need less."""
+        for name, grad in sorted(self(problem).items(), reverse=True):
+            problem.check(name, grad)
 
 
 class Skipped:

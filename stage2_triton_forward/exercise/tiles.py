@@ -63,13 +63,19 @@ def store_tile(desc, tile, batch, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def real_keys(padding_ptr, n_k, batch, k_idx):
+    """Return which keys are real, by the padding mask [B, n_k]; none is before the first key or past the last."""
+    inside = (k_idx >= 0) & (k_idx < n_k)
+    return tl.load(padding_ptr + batch.to(tl.int64) * n_k + k_idx, mask=inside, other=0) != 0
+
+
+@triton.jit
 def visible_tile(mask, batch, q_idx, k_idx):
     """Return [BLOCK_M, BLOCK_N], True where a query sees a key; rows past the last query are not told apart."""
     position = q_idx[:, None] + (mask.n_k - mask.n_q)  # the last query stands at the last key
     tl.static_assert(False, "Task 2.3: which keys exist and lie within the query's window")
     if mask.HAS_PADDING:
-        real = tl.load(mask.padding_ptr + batch.to(tl.int64) * mask.n_k + k_idx, mask=k_idx < mask.n_k, other=0)
-        visible = visible & (real != 0)[None, :]
+        visible = visible & real_keys(mask.padding_ptr, mask.n_k, batch, k_idx)[None, :]
     return visible
 
 

@@ -20,7 +20,7 @@ METRICS = {
     "l2_hits": "lts__t_sector_hit_rate.pct",
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
-    "spill_instructions": "smsp__inst_executed_op_local.sum",
+    "spill_instructions": "sm__sass_inst_executed_op_local.sum",
 }
 
 
@@ -50,7 +50,9 @@ def read(text: str) -> list[dict]:
     units, launches = table[0], table[1:]
     rows = []
     for launch in launches:
-        row = {"kernel": launch["Kernel Name"].split("(")[0]}
+        row = {"kernel": launch["Kernel Name"].split("(")[0], "grid": launch["Grid Size"]}
+        if "::" in row["kernel"]:
+            continue  # PyTorch's
         for name, metric in METRICS.items():
             if launch.get(metric):
                 row[name] = float(launch[metric].replace(",", ""))

@@ -15,7 +15,9 @@ class Comparison(NamedTuple):
     ok: bool
 
 
-def compare(actual: Tensor, oracle: Tensor, naive: Tensor, eps_factor: float = 8.0) -> Comparison:
+def compare(
+    actual: Tensor, oracle: Tensor, naive: Tensor, eps_factor: float = 8.0, of_logits: float = 0.0
+) -> Comparison:
     """Compare a result with the float64 oracle.
 
     Args:
@@ -23,6 +25,8 @@ def compare(actual: Tensor, oracle: Tensor, naive: Tensor, eps_factor: float = 8
         oracle: the same quantity computed naively from the same inputs in float64.
         naive: the same quantity computed naively in the inputs' own dtype.
         eps_factor: how many units of rounding of actual's dtype, at the oracle's largest magnitude, are allowed on top.
+        of_logits: rounding of the logits behind the result, which may be larger than they are where q·k cancels; a
+            result follows in proportion to itself (as weights and what they weigh do), or to 1 (as the lse does).
 
     Returns:
         Comparison; `ok` is False for a wrong shape, and for NaN or ±inf where the oracle has another value.
@@ -31,7 +35,7 @@ def compare(actual: Tensor, oracle: Tensor, naive: Tensor, eps_factor: float = 8
         return Comparison(math.inf, 0.0, False)
     oracle = oracle.detach().double().cpu()
     largest = oracle[torch.isfinite(oracle)].abs().max().item() if torch.isfinite(oracle).any() else 0.0
-    rounding = eps_factor * torch.finfo(actual.dtype).eps * largest
+    rounding = eps_factor * torch.finfo(actual.dtype).eps * largest + of_logits * max(largest, 1.0)
     naive_error = max_error(naive, oracle)
     allowed = (2 * naive_error if math.isfinite(naive_error) else 0.0) + rounding
     error = max_error(actual, oracle)

@@ -116,13 +116,18 @@ def grade_all(qkv: tuple[Tensor, Tensor, Tensor], triton_mode: str, on_start=lam
     """Run every registered implementation on q, k and v and compare each output with the oracle."""
     oracle = naive_attention(*(x.double() for x in qkv), causal=True)
     naive = naive_attention(*qkv, causal=True)
+    q, k, _ = qkv
+    of_logits = 4 * torch.finfo(q.dtype).eps * (q.norm(dim=-1).max() * k.norm(dim=-1).max()).item() / q.shape[-1] ** 0.5
     on_device = [x.cuda() if triton_mode == "compiled" else x for x in qkv]
     graded = []
     for implementation in implementations(triton_mode):
         on_start(implementation.name)
         with torch.no_grad(), LargestTensor() as largest:
             outputs = implementation.run(*on_device)
-        comparisons = {name: compare(x, getattr(oracle, name), getattr(naive, name)) for name, x in outputs.items()}
+        comparisons = {
+            name: compare(x, getattr(oracle, name), getattr(naive, name), of_logits=of_logits)
+            for name, x in outputs.items()
+        }
         worst = max(comparisons.values(), key=lambda c: c.max_error / max(c.allowed, 1e-300))
         ok = all(c.ok for c in comparisons.values())
         graded.append(Graded(implementation, list(comparisons), worst, largest.bytes, ok))

@@ -21,8 +21,8 @@ _HOPPER = {
     256: Rows(TileConfig(64, 32, 8, 1), TileConfig(32, 64, 8, 1)),
 }
 _HOPPER_FP32 = {
-    64: Rows(TileConfig(32, 32, 4, 1, "tf32x3"), TileConfig(32, 32, 4, 1, "tf32x3")),
-    128: Rows(TileConfig(32, 32, 4, 1, "tf32x3"), TileConfig(32, 32, 4, 1, "tf32x3")),
+    64: Rows(TileConfig(64, 32, 4, 2, "tf32x3"), TileConfig(32, 64, 4, 1, "tf32x3")),
+    128: Rows(TileConfig(64, 32, 4, 2, "tf32x3"), TileConfig(32, 16, 4, 2, "tf32x3")),
     256: Rows(TileConfig(32, 32, 8, 1, "tf32x3"), TileConfig(32, 32, 8, 1, "tf32x3")),
 }
 _ANY_GPU = {

@@ -73,9 +73,7 @@ def walk_queries(
     """Add what the queries from `begin` to `stop` of every head of the group give; tiles stand as Sᵀ = K·Qᵀ."""
     BLOCK_M: tl.constexpr = tiles.BLOCK_M
     n_tiles = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
-    divisor = tl.maximum(
-        n_tiles, 1
-    )  # loads run ahead of the loop: x // 0 would let the compiler assume there is a tile
+    divisor = tl.maximum(n_tiles, 1)  # loads run ahead of the loop, where x // 0 would mean that there is a tile
     for step in tl.range(0, n_tiles * tiles.GROUP, disable_licm=MASKED):
         tl.static_assert(False, "Task 4.14: step 1: which query head of the group this step belongs to")
         q_start = begin + step % divisor * BLOCK_M

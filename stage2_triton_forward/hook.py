@@ -1,5 +1,6 @@
 """The seam of the forward loop: what a caller may add to attention without a second copy of it."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -70,10 +71,16 @@ def finish_nothing(args, carry, state, lse_log2, begin, stop, place):
     """FINISH: gets the final state and its lse in base 2; the tiles visited are those from `begin` to `stop`."""
 
 
+@lru_cache(maxsize=None, typed=True)
+def constant(value) -> tl.constexpr:
+    """Wrap a compile-time value for a kernel: the same object each time, which the launcher recognises at once."""
+    return tl.constexpr(value)
+
+
 def make_hook(args: tuple = (), **functions: triton.JITFunction) -> Hook:
     """Return a hook with the functions named (such as on_logits=…), and those of plain attention for the others."""
-    return PLAIN._replace(args=args, **{name.upper(): tl.constexpr(function) for name, function in functions.items()})
+    return PLAIN._replace(args=args, **{name.upper(): constant(function) for name, function in functions.items()})
 
 
 _PLAIN = (longest_first, carry_nothing, in_order, ignore_logits, ignore_weights, finish_nothing)
-PLAIN = Hook((), *map(tl.constexpr, _PLAIN))
+PLAIN = Hook((), *map(constant, _PLAIN))

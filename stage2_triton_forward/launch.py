@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -13,7 +12,7 @@ from stage1_pytorch_tiled.philox import drop_threshold
 from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
 from .forward_kernel import Logits, Tiles, forward_kernel
-from .hook import PLAIN, Hook
+from .hook import PLAIN, Hook, constant
 from .simple_kernel import simple_forward_kernel
 from .tile_config import TileConfig, forward_config, heads_together, simple_config
 from .tiles import Dropout, Mask
@@ -181,7 +180,7 @@ def key_mask(
         left or 0,
         right or 0,
         key_padding_mask.to(torch.uint8).contiguous() if padded else placeholder,
-        *map(tl.constexpr, (left is not None, right is not None, padded)),
+        *map(constant, (left is not None, right is not None, padded)),
     )
 
 
@@ -198,18 +197,18 @@ def describe_logits(sm_scale: float, softcap: float | None, fp32_precision: str)
     """Describe how q·kᵀ becomes logits for the kernels."""
     sign = (sm_scale > 0) - (sm_scale < 0)
     cap = 1.0 if softcap is None else softcap
-    return Logits(abs(sm_scale) or 1.0, cap, *map(tl.constexpr, (sign, softcap is not None, fp32_precision)))
+    return Logits(abs(sm_scale) or 1.0, cap, *map(constant, (sign, softcap is not None, fp32_precision)))
 
 
 def describe_tiles(q: Tensor, k: Tensor, head_dim_v: int, config: TileConfig) -> Tiles:
     """Describe the tiles of q, k and values of width `head_dim_v` for the kernels."""
     widths = (padded_head_dim(width, q.dtype) for width in (q.shape[3], head_dim_v))
-    return Tiles(*map(tl.constexpr, (q.shape[1] // k.shape[1], config.block_m, config.block_n, *widths)))
+    return Tiles(*map(constant, (q.shape[1] // k.shape[1], config.block_m, config.block_n, *widths)))
 
 
 def describe_dropout(seed: int, dropout_p: float) -> Dropout:
     """Describe which weights are dropped for the kernels."""
-    return Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), tl.constexpr(dropout_p > 0))
+    return Dropout(seed, drop_threshold(dropout_p), 1 / (1 - dropout_p), constant(dropout_p > 0))
 
 
 def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> TensorDescriptor:

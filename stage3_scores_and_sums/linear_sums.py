@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stage1_pytorch_tiled.tiled_forward import Window
+from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import default_scale, descriptor, device_of, mask_sides, padded_head_dim
 
 from .linear_sum_kernel import Ends, Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
@@ -99,7 +99,7 @@ def summed_chunks(
     block_d = padded_head_dim(y.shape[3])
     constants = (padded and x_is_keys, padded and not x_is_keys, config.chunk, block_d, config.fp32_precision)
     n_keys = (x if x_is_keys else y).shape[2]
-    rows = Rows(*counted, padding, n_keys, *map(tl.constexpr, constants))
+    rows = Rows(*counted, padding, n_keys, *map(constant, constants))
     y_desc = descriptor(y, config.chunk)
     left, right = ends
     no_left, no_right = left is None, right is None
@@ -115,7 +115,7 @@ def summed_chunks(
         right_first,
         left_sums.shape[2],
         right_sums.shape[2],
-        *map(tl.constexpr, (not no_left, not no_right)),
+        *map(constant, (not no_left, not no_right)),
     )
     return Chunks(y_desc, rows, ends, n_sums, config)
 

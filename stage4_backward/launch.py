@@ -2,11 +2,10 @@
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
-from stage2_triton_forward.hook import make_hook
+from stage2_triton_forward.hook import constant, make_hook
 from stage2_triton_forward.launch import (
     default_scale,
     describable,
@@ -152,7 +151,7 @@ def _score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads
     columns = columns.float().contiguous() if has_columns else placeholder
     scores = grads.scores.contiguous() if has_scores else placeholder
     constants = (q.shape[1] // columns.shape[1], has_scores, has_columns)
-    return ScoreGrads(scores, columns, grads.q_begin, q_stop, columns.shape[2], *map(tl.constexpr, constants))
+    return ScoreGrads(scores, columns, grads.q_begin, q_stop, columns.shape[2], *map(constant, constants))
 
 
 def _column_grads(q, k, lse, score_grads, causal, sm_scale, *, softcap, **masks) -> Tensor:

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from benchmark.cases import SHARED_MEMORY_LIMIT
 from stage2_triton_forward import launch as stage2
 from stage2_triton_forward.split_kv import attention_forward
-from stage2_triton_forward.tile_config import TileConfig
+from stage2_triton_forward.tile_config import TileConfig, choose
 from stage3_scores_and_sums import launch as stage3
 from stage3_scores_and_sums.column_sums import fold_columns, softmax_col_sum
 from stage3_scores_and_sums.linear_sums import linear_col_sum, linear_row_sum
@@ -174,9 +174,9 @@ def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, caus
     """Compile the forward loop with each tile config; print what it needs, null where it does not compile."""
     q = torch.empty(1, 4, 256, head_dim, dtype=dtype)
     for config in configs:
-        stage2.forward_config = lambda *args, config=config: TileConfig(*config)
         try:
-            resources = compile_case("forward", lambda: stage2.forward(q, q, q, causal), arch)[0]._asdict()
+            with choose(forward=TileConfig(*config)):
+                resources = compile_case("forward", lambda: stage2.forward(q, q, q, causal), arch)[0]._asdict()
         except Exception:  # whatever the compiler cannot do
             resources = None
         print(json.dumps({"config": config, "resources": resources}), flush=True)

@@ -1,6 +1,7 @@
 """The shapes that are measured, and the implementations they are measured against."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -37,14 +38,16 @@ class Shape(NamedTuple):
         """Floating-point operations of the forward pass: two matrix products, halved by a causal mask."""
         return 4 * self.batch * self.n_heads * self.n**2 * self.head_dim / (2 if self.causal else 1)
 
-    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw q, k and v on the GPU."""
-        generator = torch.Generator("cuda").manual_seed(seed)
+    def tensors(self, dtype: torch.dtype, seed: int = 0, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+        """Draw q, k and v."""
+        generator = torch.Generator(device).manual_seed(seed)
         sizes = [
             (self.batch, heads, self.n, self.head_dim) for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         ]
-        return tuple(torch.randn(size, generator=generator, device="cuda").to(dtype) for size in sizes)
+        return tuple(torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes)
 
+
+QWEN3_HEADS = {"batch": 1, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "causal": True}  # of Qwen3-8B
 
 FORWARD_SHAPES = [
     Shape(4, 32, 32, 1024, 128, True),
@@ -60,10 +63,32 @@ FORWARD_SHAPES = [
 ]
 
 
-def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """PyTorch's attention, held to one of its backends."""
-    with sdpa_kernel(backend):
+def naive(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return attention as one writes it first, with several matrices of M×N elements, and its logits, not masked."""
+    logits = naive_logits(q, k)
+    masked = logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+    return masked.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), logits
+
+
+def naive_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Return the matrix of scaled products."""
+    return q * q.shape[3] ** -0.5 @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+
+
+def hidden_keys(q: Tensor, k: Tensor) -> Tensor:
+    """Return the causal mask [M, N], True where a key lies after the query."""
+    return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
+
+
+def sdpa(backend: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """PyTorch's attention, held to one of its backends; None leaves the choice to PyTorch."""
+    with nullcontext() if backend is None else sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def causal_mask(b, h, i, j):
+    """FlexAttention's `mask_mod`: query i sees the keys up to its own."""
+    return i >= j
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
@@ -72,7 +97,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
 
     block_mask = None
     if causal:
-        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device="cuda")
+        block_mask = create_block_mask(causal_mask, None, None, q.shape[2], k.shape[2], device="cuda")
     torch._dynamo.reset()  # past its limit of recompilations it would run uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -4,6 +4,8 @@ The rows for sm_90 come from `python -m benchmark.run search` on an H200 (`bench
 are for GPUs that nobody has searched on: small enough for the shared memory of every GPU since sm_75.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,26 @@ class TileConfig(NamedTuple):
     num_warps: int
     num_stages: int
     fp32_precision: str = "ieee"  # of tl.dot; matters for fp32 inputs only
+
+
+_chosen: dict[str, TileConfig] = {}
+
+
+@contextmanager
+def choose(**configs: TileConfig) -> Iterator[None]:
+    """Launch with these configs, whatever the tables say: `choose(forward=…, column_sum=…)`; what a search needs."""
+    before = dict(_chosen)
+    _chosen.update(configs)
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+def chosen(loop: str) -> TileConfig | None:
+    """Return the config that `choose` holds for a loop, or None: then the tables decide."""
+    return _chosen.get(loop)
 
 
 class Rows(NamedTuple):
@@ -104,6 +126,8 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool,
         has_dropout: whether weights are dropped.
         storing: whether a hook stores every tile of logits.
     """
+    if chosen("forward") is not None:
+        return chosen("forward")
     rows = of_width(_tables(), max(q.shape[3], head_dim_v))
     if q.dtype == torch.float32:
         return rows.fp32

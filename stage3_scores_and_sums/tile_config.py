@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig, architecture, of_width
+from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, of_width
 
 
 class LinearSumConfig(NamedTuple):
@@ -25,6 +25,8 @@ _INTERPRETED = dict.fromkeys(_HOPPER, TileConfig(64, 64, 4, 2))
 
 def column_sum_config(q: Tensor) -> TileConfig:
     """Return the config of the key-stationary loop for q [B, Hq, M, D]: block_n keys are owned, block_m are walked."""
+    if chosen("column_sum") is not None:
+        return chosen("column_sum")
     arch = architecture()
     if arch == 90 and q.dtype == torch.float32:
         return _HOPPER_FP32

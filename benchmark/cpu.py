@@ -11,7 +11,7 @@ from benchmark.peak import bytes_beyond
 from stage1_pytorch_tiled.tiled_forward import tiled_attention
 
 NOTE = (
-    "No GPU here: this compares PyTorch code on the CPU. Figures of the Triton kernels need a GPU; the interpreter's "
+    "On the CPU, PyTorch is compared with PyTorch. Figures of the Triton kernels need a GPU; the interpreter's "
     "speed says nothing about a kernel's, and is never timed. `python -m benchmark.run bytes` counts what kernels "
     "read and write, on any machine."
 )

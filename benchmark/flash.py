@@ -1,6 +1,6 @@
 """Forward, backward and end-to-end latency over sequence lengths and head dimensions, as called from Python.
 
-The figures are what a caller waits for: at short lengths that is Python's own time and the launches', and not the GPU's.
+The figures are what a caller waits for: at short lengths that is the time of Python and of launches, not the GPU's.
 """
 
 import time

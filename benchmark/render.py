@@ -1,4 +1,4 @@
-"""Writes the recorded results into the pages that show them: `python -m benchmark.render`.
+"""Writes the recorded results into the pages that show them, and draws their pictures: `python -m benchmark.render`.
 
 A page holds `<!-- table: NAME -->` and `<!-- /table -->`; what stands between them comes from `results/`.
 """
@@ -7,10 +7,13 @@ import json
 import re
 from pathlib import Path
 
+from benchmark.plots import PICTURES, digest, digest_in, draw
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("stage*/README.md"))]
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+NAIVE = "naive PyTorch with scores"
 PEERS = ("cuDNN", "SDPA-FA2", "FlexAttention")
 
 
@@ -75,18 +78,30 @@ def fp8() -> str:
     return table(header, rows) + "\n" + origin(result)
 
 
-def scores() -> str:
-    """Scores, sums and statistics beside plain attention."""
-    result = load("scores")
-    lengths = sorted({r["n"] for r in result["rows"]})
+def operators() -> str:
+    """Scores, sums and statistics beside naive PyTorch, PyTorch's attention, and plain attention."""
+    result = load("operators")
     cells = {(r["operator"], r["n"]): r for r in result["rows"]}
+    lengths = sorted({n for _, n in cells})
+    longest = max(n for (name, n), r in cells.items() if name == NAIVE and "ms" in r)  # that naive PyTorch can do
     rows = []
-    for operator in dict.fromkeys(r["operator"] for r in result["rows"]):
-        found = [cells[operator, n] for n in lengths]
-        rows.append([operator, *(f"{r['ms']:.3f}" for r in found), *(f"{r['ratio']:.2f}×" for r in found)])
-    header = ["ms", *(f"N = {n}" for n in lengths), *(f"÷ attention, {n}" for n in lengths)]
-    about = "B = 1, 32 query heads on 8 key heads, D = 128, fp16, causal, split at 3N/4; replays of CUDA graphs.\n\n"
-    return about + table(header, rows) + "\n" + origin(result)
+    for name in dict.fromkeys(name for name, _ in cells):
+        found, last = [cells.get((name, n), {}) for n in lengths], cells.get((name, longest), {})
+        row = [name, *(f"{r['ms']:.3f}" if "ms" in r else r.get("status", "–") for r in found)]
+        if "ms" in last:
+            of_plain = last.get("ratio", last["ms"] / cells["attention", longest]["ms"])
+            row += [f"{cells[NAIVE, longest]['ms'] / last['ms']:.1f}×", f"{of_plain:.2f}×"]
+        else:
+            row += ["–", "–"]
+        rows.append([*row, f"{last['rate']:,.0f} {last['unit']} ({last['share']:.0%})" if "rate" in last else "–"])
+    about = "B = 1, 32 query heads on 8 key heads, D = 128, fp16, causal, split at 3N/4; ms, replays of CUDA graphs"
+    ceiling = result.get("ceilings")
+    if ceiling:
+        about += f"; rates beside a matrix product's {ceiling['matmul_tflops']:,.0f} TFLOP/s and a copy's "
+        about += f"{ceiling['copy_gbs']:,.0f} GB/s in the same run"
+    at = f"at {longest}"
+    header = ["ms", *(f"N = {n}" for n in lengths), f"faster than naive, {at}", f"÷ attention, {at}", f"rate, {at}"]
+    return f"{about}.\n\n" + table(header, rows) + "\n" + origin(result)
 
 
 def contention() -> str:
@@ -113,14 +128,62 @@ def accuracy() -> str:
 
 
 def memory() -> str:
-    """Memory beyond inputs and output."""
+    """Memory beyond inputs and results, at the greatest length."""
     result = load("memory")
-    rows = [[r["operator"], f"{r['beyond_mb']:.1f} MB", f"{r['scores_mb'] / 1e6:.1f} TB"] for r in result["rows"]]
-    header = [f"N = {result['rows'][0]['n']}", "beyond inputs and output", "the matrix would be"]
-    return table(header, rows) + "\n" + origin(result)
+    n = max(r["n"] for r in result["rows"])
+    cells = {(r["operator"], r["pass"]): r for r in result["rows"] if r["n"] == n}
+    passes = [name for name in ("forward", "backward") if any(found == name for _, found in cells)]
+    matrix = next(iter(cells.values()))["scores_mb"] / 1e6
+    rows = []
+    for name in dict.fromkeys(name for name, _ in cells):
+        found = [cells.get((name, direction), {"status": "–"}) for direction in passes]
+        rows.append([name, *(f"{r['beyond_mb']:,.1f} MB" if "beyond_mb" in r else r["status"] for r in found)])
+    titles = {"forward": "forward", "backward": "forward and backward"}
+    header = [f"N = {n}, beyond inputs and results", *(titles[name] for name in passes)]
+    about = f"A matrix of scores would take {matrix:.1f} TB.\n\n"
+    return about + table(header, rows) + "\n" + origin(result)
 
 
-MAKERS = {maker.__name__: maker for maker in (forward, backward, decode, fp8, scores, contention, accuracy, memory)}
+def flash() -> str:
+    """Forward and backward pass together, against plain PyTorch, at the widest head."""
+    result = load("flash")
+    head_dim = max(r["head_dim"] for r in result["rows"])
+    cells = {(r["dtype"], r["n"], r["method"]): r for r in result["rows"] if r["head_dim"] == head_dim}
+    methods = list(dict.fromkeys(method for *_, method in cells))
+    rows = []
+    for dtype, n in dict.fromkeys((dtype, n) for dtype, n, _ in cells):
+        found = [cells.get((dtype, n, method), {}) for method in methods]
+        times = [f"{r['end_to_end_ms']:.3f}" if "end_to_end_ms" in r else r.get("status", "–") for r in found]
+        rows.append([f"{dtype}, {n}", *times])
+    about = f"Forward and backward pass, B = 1, one head, D = {head_dim}, causal; ms as called from Python.\n\n"
+    return about + table(["dtype, N", *methods], rows) + "\n" + origin(result)
+
+
+def operators_picture() -> str:
+    """The picture of `operators`."""
+    return picture("operators", "Milliseconds against sequence length, one line for each method")
+
+
+def memory_picture() -> str:
+    """The picture of `memory`."""
+    return picture("memory", "Memory against sequence length: the naive formula's grows with N², ours with N")
+
+
+def picture(name: str, about: str) -> str:
+    """Show a picture with its machine and date; it lies beside the result that it shows."""
+    result = load(name)
+    if not over_lengths(result):
+        return "*Not measured over several lengths yet.*\n"
+    return f"![{about}](benchmark/results/{name}.png)\n\n{origin(result)}"
+
+
+def over_lengths(result: dict) -> bool:
+    """Return whether a result has several sequence lengths, so that there is something to draw."""
+    return len({row["n"] for row in result["rows"]}) > 1
+
+
+TABLES = (forward, backward, decode, fp8, operators, contention, accuracy, memory, flash)
+MAKERS = {maker.__name__: maker for maker in (*TABLES, operators_picture, memory_picture)}
 
 
 def render(page: str) -> str:
@@ -128,7 +191,15 @@ def render(page: str) -> str:
     return MARKER.sub(lambda match: f"{match[1]}{MAKERS[match[2]]()}{match[3]}", page)
 
 
+def stale_pictures() -> list[str]:
+    """Return the names of pictures that show something else than the recorded results."""
+    recorded = [name for name in PICTURES if (RESULTS / f"{name}.json").exists() and over_lengths(load(name))]
+    return [name for name in recorded if digest_in(RESULTS / f"{name}.png") != digest(load(name))]
+
+
 def main() -> None:
+    for name in stale_pictures():
+        draw(name, load(name), RESULTS / f"{name}.png")
     for page in PAGES:
         page.write_text(render(page.read_text()))
 

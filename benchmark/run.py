@@ -108,6 +108,9 @@ def operators(
     """Time scores and sums in the Qwen3-8B head layout beside naive PyTorch and SDPA; each is checked first."""
     lengths = parse_ints("--seq-lens", seq_lens)
     parse_choice("--dtype", dtype, ("float16", "bfloat16", "float32"))
+    if enable_config_search and dtype == "float32":
+        print("benchmark: --enable-config-search has no configs for float32")
+        raise typer.Exit(2)
     device = choose_device(device)
     import torch
 

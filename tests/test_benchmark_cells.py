@@ -145,10 +145,20 @@ def test_flash_says_why_a_cell_is_empty():
     assert of["SDPA"] == ["ok"] * 3
 
 
-def test_flash_skips_what_would_take_too_long():
-    rows = flash_rows(sweep=SWEEP._replace(cell_seconds=1e-9))
-    assert [row["status"].split(" ")[0] for row in rows] == ["ok"] * 3 + ["skipped:"] * 3
-    assert "would take" in rows[-1]["status"]
+@pytest.mark.parametrize(
+    ("tried", "n", "expected"),
+    [
+        ([], 64, ""),
+        ([(32, 200.0)], 64, "skipped: would take 0.8 s"),
+        ([(16, 100.0), (32, 50.0)], 64, ""),
+        ([(16, 40.0)], 128, "skipped: would take 2.6 s"),
+        ([(16, 0.2)], 65536, ""),  # that was Python's own time
+    ],
+    ids=["first", "slow", "fast", "gap", "overhead"],
+)
+def test_flash_skips_what_would_take_too_long(tried, n, expected):
+    rows = [{"n": length, "status": "ok", "end_to_end_ms": ms} for length, ms in tried]
+    assert flash._hopeless(rows, n, 0.5) == expected
 
 
 def memory_rows(lengths=(128, 256), **extra):

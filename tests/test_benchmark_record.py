@@ -5,9 +5,10 @@ import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmark import flash, memory, operators
+from benchmark import flash, memory, operators, plots, render
 from benchmark.record import ORIGIN, Record, TimeLimit, keep, within
 
 COLUMNS = ("n", "operator", "ms", "status")
@@ -76,3 +77,73 @@ def test_nothing_new_begins_after_the_time_limit():
     assert list(cells) == []
     assert "2 of 3 not begun" in said[0]
     assert list(within(TimeLimit(0), "abc", said.append)) == list("abc")
+
+
+ABOUT = {"device": "NVIDIA X", "torch": "2", "triton": "3", "commit": "c" * 40, "date": "2026-01-02"}
+OPERATORS = [
+    {"n": 8, "operator": render.NAIVE, "ms": 4.0, "status": "ok"},
+    {
+        "n": 8,
+        "operator": "attention",
+        "ms": 2.0,
+        "ratio": 1.0,
+        "status": "ok",
+        "rate": 50,
+        "unit": "GB/s",
+        "share": 0.5,
+    },
+    {"n": 16, "operator": render.NAIVE, "status": "out of memory"},
+    {"n": 16, "operator": "attention", "ms": 9.0, "ratio": 1.0, "status": "ok"},
+]
+MEMORY = [
+    {"n": n, "operator": name, "pass": kind, "scores_mb": 2e6, **cell}
+    for n in (8, 16)
+    for name, kind, cell in (
+        ("naive PyTorch", "forward", {"beyond_mb": 4.0 * n * n} if n == 8 else {"status": "out of memory"}),
+        ("attention", "forward", {"beyond_mb": 1.0 * n}),
+        ("attention", "backward", {"beyond_mb": 2.0 * n}),
+    )
+]
+FLASH = [
+    {"n": n, "head_dim": 16, "dtype": "bfloat16", "method": method, **cell}
+    for n in (8, 16)
+    for method, cell in (
+        ("plain PyTorch", {"end_to_end_ms": 1.5 * n}),
+        ("ours, tiled PyTorch", {"end_to_end_ms": 3.0} if n == 8 else {"status": "skipped: would take 7.0 s"}),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "lines"),
+    [
+        ("operators", OPERATORS, ["| attention | 2.000 | 9.000 | 2.0× | 1.00× | 50 GB/s (50%) |", "out of memory"]),
+        ("memory", MEMORY, ["| naive PyTorch | out of memory | – |", "| attention | 16.0 MB | 32.0 MB |", "2.0 TB"]),
+        ("flash", FLASH, ["| bfloat16, 16 | 24.000 | skipped: would take 7.0 s |"]),
+    ],
+    ids=["operators", "memory", "flash"],
+)
+def test_results_become_tables_and_pictures(name, rows, lines, monkeypatch, tmp_path):
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    result = {"provenance": ABOUT, "rows": rows}
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    page = render.render(f"<!-- table: {name} -->\nold<!-- /table -->")
+    for line in [*lines, "NVIDIA X, torch 2, triton 3, 2026-01-02, commit cccccccccc"]:
+        assert line in page
+    assert render.stale_pictures() == [name]
+    plots.draw(name, result, tmp_path / f"{name}.png")
+    assert render.stale_pictures() == []
+    result["rows"][0]["n"] = 9
+    (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    assert render.stale_pictures() == [name], "other figures need another picture"
+
+
+def test_pictures_name_the_machine_and_the_date():
+    assert "NVIDIA X, 2026-01-02" in plots.origin({"provenance": ABOUT})
+    shown = []
+    for name, rows in (("operators", OPERATORS), ("memory", MEMORY), ("flash", FLASH)):
+        figure = Figure()
+        plots.PICTURES[name](figure, {"provenance": ABOUT, "rows": rows})
+        title = figure.get_suptitle() or figure.axes[0].get_title()
+        shown.append("NVIDIA X, 2026-01-02" in title)
+    assert shown == [True] * 3

@@ -42,13 +42,14 @@ class GradientOracle:
             grads = torch.autograd.grad(output, leaves, grad_output.to(dtype))
             self.references.append([x[:, :, -self.rows :].cpu() for x in (output.detach(), *grads)])
         self.whole = causal or self.rows == q.shape[2]
+        self.eps_factor = 8 * max(1.0, (k.shape[2] / 1024) ** 0.5)  # rounding of a sum grows with the root of its terms
 
     def agrees(self, output: Tensor, grads: tuple[Tensor, ...]) -> bool:
         """Compare an output and the gradients of q, k and v; those of k and v only where the rows suffice."""
         actual = [output[:1, : self.group], grads[0][:1, : self.group], grads[1][:1, :1], grads[2][:1, :1]]
         compared = zip(actual, *self.references, strict=True)
         compared = list(compared)[: 4 if self.whole else 2]
-        return all(compare(x[:, :, -self.rows :], *references).ok for x, *references in compared)
+        return all(compare(x[:, :, -self.rows :], *references, self.eps_factor).ok for x, *references in compared)
 
 
 class StatisticsOracle:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -214,7 +215,9 @@ def describe_dropout(seed: int, dropout_p: float) -> Dropout:
 def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> TensorDescriptor:
     """Describe [B, H, N, D] for tiles of `block_rows` rows of all columns, clipped at the end of each head."""
     x = describable(x)
-    strides = [_free_stride(x) if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    strides = x.stride()
+    if 1 in x.shape:
+        strides = [_free_stride(x) if size == 1 else step for size, step in zip(x.shape, strides, strict=True)]
     block_d = block_d or padded_head_dim(x.shape[3], x.dtype)
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block_rows, block_d])
 
@@ -222,6 +225,8 @@ def descriptor(x: Tensor, block_rows: int, block_d: int | None = None) -> Tensor
 def describable(x: Tensor, copy: bool = True) -> Tensor:
     """Return x, or a tensor of its shape whose layout a descriptor accepts (a copy of x, or only room for it)."""
     alignment = _DESCRIPTOR_ALIGNMENT // x.element_size()
+    if x.is_contiguous() and x.shape[3] % alignment == 0 and x.data_ptr() % _DESCRIPTOR_ALIGNMENT == 0:
+        return x  # the usual case, found out fast
     outer = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     last_is_dense = x.stride(3) == 1 or x.shape[3] == 1
     strides_fit = all(step > 0 and step % alignment == 0 for step in outer)
@@ -237,6 +242,7 @@ def _free_stride(x: Tensor) -> int:
     return _DESCRIPTOR_ALIGNMENT // x.element_size() * x.numel()
 
 
+@cache
 def padded_head_dim(head_dim: int, dtype: torch.dtype = torch.float32) -> int:
     """Return the tile width for a head dimension: a power of two that tl.dot accepts (from 32 on for fp8)."""
     return max(32 if dtype.itemsize == 1 else 16, triton.next_power_of_2(head_dim))

@@ -182,7 +182,24 @@ def over_lengths(result: dict) -> bool:
     return len({row["n"] for row in result["rows"]}) > 1
 
 
-TABLES = (forward, backward, decode, fp8, operators, contention, accuracy, memory, flash)
+def counters() -> str:
+    """What a profiler counted in one launch of each kernel."""
+    result = load("counters")
+    calls = iter(("attention", "and scores", "beside sums", "and atomic sums", "before softmax sums", "one query"))
+    rows = []
+    for r in result["rows"]:
+        of = f" ({next(calls)})" if r["kernel"] == "forward_kernel" else ""
+        shares = (f"{r[name]:.0f} %" for name in ("tensor_cores", "issue_slots", "dram", "l2_hits"))
+        rows.append([f"`{r['kernel']}`{of}", f"{r['ms']:.3f}", *shares, f"{r['registers']:.0f}"])
+        rows[-1].append(f"{r['spill_instructions']:,.0f}")
+    header = ["kernel", "ms", "tensor cores busy", "issue slots", "DRAM", "L2 hits", "registers", "spill instructions"]
+    about = (
+        "B = 1, 32 query heads on 8 key heads, N = 4096, D = 128, bf16, causal; one launch of each, by Nsight Compute."
+    )
+    return about + "\n\n" + table(header, rows) + "\n" + origin(result)
+
+
+TABLES = (forward, backward, decode, fp8, operators, contention, accuracy, memory, flash, counters)
 MAKERS = {maker.__name__: maker for maker in (*TABLES, operators_picture, memory_picture)}
 
 

@@ -103,6 +103,24 @@ def check_buffer(name: str, x, shape: tuple[int, ...], dtype: torch.dtype, taken
             raise ValueError(f"{name} must not share memory with {other_name}")
 
 
+def check_cumulative_scores(q: Tensor, k: Tensor, scores) -> None:
+    """Check scores of earlier calls: [B, Hk, n] of at most as many keys as there are now, in the sums' dtype."""
+    check_qk(q, k, False, None)
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"cumulative_scores must be a torch.Tensor or None, got {type(scores).__name__}")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if scores.dtype != wide:
+        raise TypeError(f"cumulative_scores must be {wide}, got {scores.dtype}")
+    batch, n_kv_heads, n_k = k.shape[:3]
+    if scores.ndim != 3 or scores.shape[:2] != (batch, n_kv_heads) or scores.shape[2] > n_k:
+        raise ValueError(
+            f"cumulative_scores must have shape [{batch}, {n_kv_heads}, n] with n at most {n_k}, the number of keys, "
+            f"got {list(scores.shape)}"
+        )
+    if scores.device != q.device:
+        raise ValueError(f"cumulative_scores must be on q's device {q.device}, got {scores.device}")
+
+
 def check_fold(name: str, fold, backend: str) -> None:
     """Check a reduction of the user's own: jitted for Triton, a plain function for PyTorch, with five arguments."""
     code = getattr(fold, "fn", None)  # of a @triton.jit function, compiled or interpreted

@@ -116,9 +116,10 @@ def attention_with_kept_scores(
     returns_sums = watch.requests.weights_slot == "column_sums"
     keeps = watch.keeps_scores or evicts
     wanted = (layer.wanted_queries(n_q) if layer is not None else (0, n_q)) if keeps else None
+    own_keys = sight.causal or (layer is None and n_q == n_k and not watch.is_cross)
     output, sums = masked_attention(
         query, key, value, sight.causal, scale, dropout, **features,
-        queries=(0, n_q) if wanted is None and returns_sums else wanted,
+        own_keys=own_keys, queries=(0, n_q) if wanted is None and returns_sums else wanted,
         per_query_head=returns_sums, backend=watch.requests.backend,
     )  # fmt: skip
     if wanted is not None:

@@ -102,10 +102,13 @@ def read_mask(mask: Tensor | None, n_q: int, n_k: int, width: int, causal: bool,
     if visible.stride(1) == 0 or torch.equal(visible, visible[:, :1].expand_as(visible)):
         return Sight(False, None, visible[:, 0])
     key_mask = visible.any(1)
-    for candidate in (None, sliding_window):
-        sides = None if candidate is None else (candidate - 1, 0)
-        if torch.equal(visible, _causal(n_q, n_k, candidate, mask.device) & key_mask[:, None]):
-            return Sight(True, sides, key_mask)
+    behind = torch.arange(n_q, device=mask.device)[:, None] + (n_k - n_q) - torch.arange(n_k, device=mask.device)
+    sees = visible.any(2)
+    own = torch.arange(n_q, device=mask.device) + (n_k - n_q)
+    left = (own - visible.byte().argmax(2))[sees].amax().clamp(min=0)
+    right = (n_k - 1 - visible.flip(2).byte().argmax(2) - own)[sees].amax().clamp(min=0)
+    if torch.equal(visible, (behind <= left) & (behind >= -right) & key_mask[:, None]):
+        return Sight(int(right) == 0, (int(left), int(right)), key_mask)
     raise ValueError(
         f"a mask of shape {list(mask.shape)} is neither that of causal order and padding nor the same for all queries "
         f"(packed sequences, chunks, prefixes, images?); {_HINT}"
@@ -124,8 +127,3 @@ def _visible(mask: Tensor) -> Tensor:
     if not (visible | (mask <= torch.finfo(mask.dtype).min / 2)).all():
         raise ValueError(f"a mask of shape {list(mask.shape)} adds a bias to the scores; {_HINT}")
     return visible
-
-
-def _causal(n_q: int, n_k: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    behind = torch.arange(n_q, device=device)[:, None] + (n_k - n_q) - torch.arange(n_k, device=device)
-    return (behind >= 0) & (behind < (n_k if sliding_window is None else sliding_window))

@@ -23,6 +23,7 @@ def masked_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_mask: Tensor | None = None,
+    own_keys: bool = True,
     queries: tuple[int, int] | None = None,
     per_query_head: bool = False,
     backend: str | None = None,
@@ -31,8 +32,9 @@ def masked_attention(
 
     Args:
         q, k, v, causal, sm_scale, dropout_p, window, softcap, sinks, backend: as in `attention`.
-        key_mask: [B, N] or [B, Hk, N] bool, True for keys that may be seen. With `causal` the last M keys are the
-            queries' own, and a query whose own key is masked is padding: its row adds nothing to the sums.
+        key_mask: [B, N] or [B, Hk, N] bool, True for keys that may be seen.
+        own_keys: the last M keys are the queries' own, so that a query whose own key is masked is padding and adds
+            nothing to the sums.
         queries: (begin, stop), the queries that count in the sums; None for no sums.
         per_query_head: sums of each query head, and not of a head group.
 
@@ -42,7 +44,7 @@ def masked_attention(
     if key_mask is not None and key_mask.ndim == 3:
         return _by_kv_head(
             q, k, v, causal, sm_scale, dropout_p, window=window, softcap=softcap, sinks=sinks, key_mask=key_mask,
-            queries=queries, per_query_head=per_query_head, backend=backend,
+            own_keys=own_keys, queries=queries, per_query_head=per_query_head, backend=backend,
         )  # fmt: skip
     problem = checked_problem(
         q, k, v, causal, sm_scale, dropout_p, None, backend,
@@ -52,7 +54,7 @@ def masked_attention(
     if queries is None:
         return output, None
     with torch.no_grad():
-        if causal and key_mask is not None:
+        if own_keys and key_mask is not None:
             is_pad = ~key_mask[:, k.shape[2] - q.shape[2] :]  # [B, M]
             lse = lse.masked_fill(is_pad[:, None], torch.inf)  # exp(logit - inf) is 0
         return output, _column_sums(problem, lse, queries, per_query_head)

@@ -81,12 +81,18 @@ class ScoreKeeping:
         return 0, n_q
 
     def add_scores(self, sums: Tensor, offset: int) -> None:
+        n_tokens = offset + sums.shape[2]
+        if n_tokens != self.score_store.seen:
+            raise ValueError(
+                f"the cache layer was given {self.score_store.seen} tokens but holds {n_tokens}: keys were dropped "
+                "behind its back, so scores cannot be kept; let a module_filter of replace_attention_with_flash say so"
+            )
         self.score_store.add(sums, offset)
 
     def reset(self) -> None:
         super().reset()
         self.score_store.clear()
-        self.score_store.seen = 0
+        self.score_store.seen = int(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -76,6 +76,7 @@ class Watch:
         return keep_scores(cache.layers, module.layer_idx)
 
 
+@torch.compiler.disable  # scores outlive a call and grow with each one, which CUDA graphs' memory cannot do
 def attention_with_kept_scores(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, *, is_causal: bool | None = None,
@@ -116,6 +117,11 @@ def attention_with_kept_scores(
     returns_sums = watch.requests.weights_slot == "column_sums"
     keeps = watch.keeps_scores or evicts
     wanted = (layer.wanted_queries(n_q) if layer is not None else (0, n_q)) if keeps else None
+    if keeps and layer is None and sight.causal and n_q != n_k:
+        raise ValueError(
+            f"{type(module).__name__} has {n_k} keys for {n_q} queries, but there is no transformers Cache with a "
+            "layer for it where scores could be kept; let a module_filter of replace_attention_with_flash say so"
+        )
     own_keys = sight.causal or (layer is None and n_q == n_k and not watch.is_cross)
     output, sums = masked_attention(
         query, key, value, sight.causal, scale, dropout, **features,

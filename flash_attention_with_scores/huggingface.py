@@ -174,12 +174,14 @@ def _check_supported(model: PreTrainedModel, modules: dict[str, nn.Module], keep
         and not any(path.startswith(f"{name}.") or name.startswith(path) for path in paths)
         and keeps(name, module)
     ]
-    if own or not modules:
-        where = f" ({', '.join(own[:3])}{', …' if len(own) > 3 else ''})" if own else ""
+    if own:
         raise ValueError(
-            f"{kind} has attention of its own{where} that does not go through transformers' AttentionInterface, so it "
-            "cannot be replaced; a module_filter that is False for such modules leaves them as they are"
+            f"{kind} has attention of its own ({', '.join(own[:3])}{', …' if len(own) > 3 else ''}) that does not go "
+            "through transformers' AttentionInterface, so it cannot be replaced; a module_filter that is False for "
+            "such modules leaves them as they are"
         )
+    if not modules:
+        raise ValueError(f"{kind} has no attention that goes through transformers' AttentionInterface to be replaced")
     shared = [name for name, m in modules.items() if getattr(m, "is_kv_shared_layer", False) and keeps(name, m)]
     if shared:
         raise ValueError(f"{kind} has modules that share another's keys, leave them out by module_filter: {shared}")

@@ -20,6 +20,7 @@ from huggingface_models import (  # noqa: E402
 )
 from transformers import DynamicCache, LogitsProcessor, StaticCache  # noqa: E402
 
+from course.largest_tensor import LargestTensor  # noqa: E402
 from flash_attention_with_scores.huggingface import (  # noqa: E402
     get_all_cumulative_scores,
     replace_attention_with_flash,
@@ -100,6 +101,13 @@ def test_chunks_and_single_tokens_add_up_to_the_whole(name, kind, side):
         cache = make_cache(kind, model)
         torch.testing.assert_close(feed(model, ids, mask, lengths, cache)[real], logits[real], rtol=1e-4, atol=1e-4)
         assert_scores(get_all_cumulative_scores(model), expected)
+
+
+def test_nothing_is_as_large_as_a_mask():
+    model, ids, mask = scoring_model(QWEN2), tokens(length=2048), padding("left", length=2048)
+    with LargestTensor() as largest:
+        feed(model, ids, mask, (1000, 1048), make_cache("dynamic", model))
+    assert largest.bytes < 2048 * 2048
 
 
 def test_pads_between_turns_give_no_attention():
@@ -393,10 +401,21 @@ def test_models_that_are_refused():
         with pytest.raises(ValueError, match=rf"attention of its own \({path}\) .* AttentionInterface"):
             replace_attention_with_flash(model)
         assert model.config._attn_implementation == "eager"
+    mamba = unsupported("Mamba", num_hidden_layers=1, state_size=2)
+    with pytest.raises(ValueError, match="MambaForCausalLM has no attention that goes through"):
+        replace_attention_with_flash(mamba)
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         replace_attention_with_flash(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"weights_slot must be one of \('weights', 'column_sums'\), got 'sums'"):
         own_copy(LLAMA, weights_slot="sums")
+
+
+def test_a_cache_that_is_not_known():
+    model = own_copy(LLAMA)
+    attention = model.model.layers[0].self_attn
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="5 keys for 2 queries, but there is no transformers Cache"):
+        transformers.AttentionInterface()["attn_with_scores"](attention, query, key, key, None)
 
 
 def test_a_module_that_bypasses_the_interface_is_noticed():

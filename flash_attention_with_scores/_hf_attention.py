@@ -37,8 +37,8 @@ class Requests:
 class Watch:
     """One attention module's part: the cache of the forward pass that runs, and the scores of the last one."""
 
-    def __init__(self, requests: Requests, keeps_scores: bool):
-        self.requests, self.keeps_scores = requests, keeps_scores
+    def __init__(self, path: str, requests: Requests, keeps_scores: bool):
+        self.path, self.requests, self.keeps_scores = path, requests, keeps_scores
         self.store: ScoreStore | None = None
         self.end()
 
@@ -65,6 +65,7 @@ class Watch:
         else:
             layer.add_scores(sums, offset)
             self.store = layer.score_store
+            self.store.path = self.path
 
     def layer(self, module):
         """Return the cache layer of this forward pass, one that keeps scores, or None."""

@@ -22,11 +22,12 @@ from torch import Tensor
 
 
 class ScoreStore:
-    """Scores [B, Hk, N] fp32 of one cache layer (None before its first token), and how many tokens it has seen."""
+    """Scores [B, Hk, N] fp32 of a cache layer (None at first), the tokens it has seen, and the path of its module."""
 
     def __init__(self, seen: int = 0):
         self.scores: Tensor | None = None
         self.seen = seen
+        self.path: str | None = None
 
     def add(self, sums: Tensor, offset: int = 0) -> None:
         """Add sums [B, Hk, n] to the columns from offset on; columns that are new start at 0."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from ._hf_attention import WATCH, Requests, Watch, attention_with_kept_scores
@@ -79,7 +79,7 @@ def replace_attention_with_flash(
     for submodel in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         replaced.hooks += _hook(submodel, requests.begin, requests.end)
     for name, module in modules.items():
-        watch = Watch(requests, bool(keeps(name, module)))
+        watch = Watch(name, requests, bool(keeps(name, module)))
         setattr(module, WATCH, watch)
         replaced.hooks += _hook(module, watch.begin, watch.check_called)
     if getattr(model, "generation_config", None) is not None:
@@ -138,10 +138,12 @@ def reset_cumulative_scores(model: PreTrainedModel, cache: Cache | None = None) 
 
 def _store(module, cache: Cache | None):
     watch = getattr(module, WATCH)
-    if cache is None or not watch.keeps_scores:
+    if cache is None:
         return watch.store
-    layers = cache.layers[module.layer_idx : module.layer_idx + 1]
-    return layers[0].score_store if layers and isinstance(layers[0], ScoreKeeping) else None
+    has_two = isinstance(cache, EncoderDecoderCache)
+    caches = [cache.self_attention_cache, cache.cross_attention_cache] if has_two else [cache]
+    stores = (layer.score_store for part in caches for layer in part.layers if isinstance(layer, ScoreKeeping))
+    return next((store for store in stores if store.path == watch.path), None)
 
 
 def _watched(model) -> list[tuple[str, nn.Module]]:

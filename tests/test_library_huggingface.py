@@ -446,6 +446,11 @@ def test_encoder_and_decoder():
         assert torch.equal(
             model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, num_beams=2), eager
         )
+        cache = model(ids, mask, decoder_input_ids=answer, use_cache=True).past_key_values
+        kept = get_all_cumulative_scores(model, cache)
+        assert list(kept) == [path for path in scores if "decoder" in path]
+        for path, given in kept.items():
+            torch.testing.assert_close(given, scores[path])
     pads = mask[:, None, :, None]
     for path, weights in (
         ("model.encoder.layers.0.self_attn", out.encoder_attentions[0] * pads),

@@ -31,7 +31,7 @@ class ScoreStore:
 
     def add(self, sums: Tensor, offset: int = 0) -> None:
         """Add sums [B, Hk, n] to the columns from offset on; columns that are new start at 0."""
-        sums = sums.detach().float()
+        sums = sums.float()
         if self.scores is None:
             self.scores = sums.new_zeros(*sums.shape[:2], offset)
         if self.scores.shape[:2] != sums.shape[:2]:

@@ -21,6 +21,7 @@ from huggingface_models import (  # noqa: E402
 from transformers import DynamicCache, LogitsProcessor, StaticCache  # noqa: E402
 
 from course.largest_tensor import LargestTensor  # noqa: E402
+from flash_attention_with_scores._score_cache import keep_scores  # noqa: E402
 from flash_attention_with_scores.huggingface import (  # noqa: E402
     get_all_cumulative_scores,
     replace_attention_with_flash,
@@ -158,9 +159,11 @@ def test_generate(name, how):
         assert_scores(get_all_cumulative_scores(model), list(scores.values()))  # outlive generate's cache
 
 
-def test_generate_returns_attentions():
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_returns_attentions(cache):
     ids = tokens()
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    options["cache_implementation"] = cache
     expected, actual = (m(LLAMA).generate(ids, **options) for m in (eager_model, scoring_model))
     for step, eager_step in zip(actual.attentions, expected.attentions, strict=True):
         for weights, eager_weights in zip(step, eager_step, strict=True):
@@ -217,6 +220,27 @@ def test_copies_and_pickles_of_a_cache_keep_its_scores():
             model(ids[:, 8:], past_key_values=twin)
         assert_scores(get_all_cumulative_scores(model, twin), eager_scores(QWEN2, ids, padding("none"))[2])
         assert_scores(get_all_cumulative_scores(model, cache), list(before.values()))
+
+
+def test_double_precision():
+    model, ids, cache = own_copy(LLAMA).double(), tokens(), DynamicCache()
+    feed(model, ids, padding("none"), (8, 3), cache)
+    assert {scores.dtype for scores in get_all_cumulative_scores(model).values()} == {torch.float32}
+    assert_scores(get_all_cumulative_scores(model), eager_scores(LLAMA, ids, padding("none"))[2])
+
+
+def test_stock_layers_stay_registered():
+    mapping = getattr(transformers.cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})  # since 5.0
+    try:
+
+        class Custom(transformers.cache_utils.DynamicLayer):
+            _layer_type = "custom"
+
+        before = dict(mapping)
+        assert isinstance(keep_scores([Custom()], 0), Custom)
+        assert mapping == before
+    finally:
+        mapping.pop("custom", None)
 
 
 def test_crop_drops_the_scores_of_what_goes():
@@ -315,7 +339,7 @@ def test_training(name):
 def test_dropout_changes_the_output_and_not_the_scores():
     model, ids = own_copy(GPT2), tokens()
     for block in model.transformer.h:
-        block.attn.attn_dropout.p = 0.5
+        block.attn.attn_dropout.p, block.attn.resid_dropout.p = 0.5, 0.0
     outputs = []
     for training in (False, True):
         model.transformer.h[0].attn.train(training)
@@ -334,6 +358,24 @@ def test_gpt2_scales():
     with torch.no_grad():
         expected = model(ids := tokens()).logits
         torch.testing.assert_close(replace_attention_with_flash(model)(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt2_cross_attention():
+    config = copy.deepcopy(eager_model(GPT2).config)
+    config.add_cross_attention = True
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
+    ids, encoded, mask = tokens(), torch.randn(2, 7, 32), padding("right", length=7)
+    inputs = {"encoder_hidden_states": encoded, "encoder_attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True, **inputs)
+        torch.testing.assert_close(
+            replace_attention_with_flash(model)(ids, **inputs).logits, expected.logits, rtol=1e-4, atol=1e-4
+        )
+    scores = get_all_cumulative_scores(model)
+    torch.testing.assert_close(
+        scores["transformer.h.1.crossattention"], expected.cross_attentions[1].sum(2), rtol=1e-4, atol=1e-5
+    )
 
 
 def four_d(visible):
@@ -463,7 +505,6 @@ def test_encoder_and_decoder():
 def test_the_kernels_in_the_interpreter(device):
     model = own_copy(LLAMA, backend="triton").to(device)
     ids, mask = tokens(length=5), padding("left", length=5, n_pads=2)
-    with torch.no_grad():
-        model(ids.to(device), attention_mask=mask.to(device), position_ids=positions(mask).to(device))
+    feed(model, ids.to(device), mask.to(device), (4, 1), make_cache("static", model))
     scores = {path: x.cpu() for path, x in get_all_cumulative_scores(model).items()}
     assert_scores(scores, eager_scores(LLAMA, ids, mask)[2])

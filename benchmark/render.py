@@ -182,6 +182,38 @@ def over_lengths(result: dict) -> bool:
     return len({row["n"] for row in result["rows"]}) > 1
 
 
+def huggingface() -> str:
+    """A model's attention that keeps cumulative scores, beside eager attention with weights."""
+    result = load("huggingface")
+    rows = []
+    for r in result["rows"]:
+        if r["status"] == "ok":
+            times = (
+                f"{r['eager_ms']:.3f}",
+                f"{r['ours_ms']:.3f}",
+                f"**{r['speedup']:.1f}×**",
+                f"{r['layer_speedup']:.1f}×",
+            )
+            memory = (f"{r['eager_mb']:,.0f} MB", f"{r['ours_mb']:.2f} MB", f"**{r['memory_ratio']:,.0f}×**")
+            rows.append([f"{r['n']:,}", *times, *memory])
+    header = ["N", "eager, ms", "ours, ms", "faster", "the whole layer", "eager holds", "ours holds", "less"]
+    about = (
+        f"B = 1, {result['heads']['n_heads']} heads, D = {result['heads']['head_dim']}, {result['rows'][0]['dtype']}."
+    )
+    return f"{about}\n\n" + table(header, rows) + "\n" + origin(result)
+
+
+def fp32_tiles() -> str:
+    """The fp32 backward pass with several tiles."""
+    result = load("fp32_tiles")
+    cells = {(r["kernel"], tuple(r["tile"]), r["head_dim"]): f"{r['ms']:.2f}" for r in result["rows"]}
+    rows = []
+    for kernel, tile in dict.fromkeys(key[:2] for key in cells):
+        m, n, warps, stages = tile
+        rows.append([f"`{kernel}` {m}×{n}", f"{warps}", f"{stages}", *(cells[kernel, tile, d] for d in (64, 128))])
+    return table(["fp32, ms", "warps", "stages", "D = 64", "D = 128"], rows) + "\n" + origin(result)
+
+
 def counters() -> str:
     """What a profiler counted in one launch of each kernel."""
     result = load("counters")
@@ -199,7 +231,20 @@ def counters() -> str:
     return about + "\n\n" + table(header, rows) + "\n" + origin(result)
 
 
-TABLES = (forward, backward, decode, fp8, operators, contention, accuracy, memory, flash, counters)
+TABLES = (
+    forward,
+    backward,
+    decode,
+    fp8,
+    operators,
+    contention,
+    accuracy,
+    memory,
+    flash,
+    huggingface,
+    counters,
+    fp32_tiles,
+)
 MAKERS = {maker.__name__: maker for maker in (*TABLES, operators_picture, memory_picture)}
 
 

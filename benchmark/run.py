@@ -257,6 +257,27 @@ def decode(device: Device = "cuda", out: Out = None) -> None:
 
 
 @app.command()
+def huggingface(
+    seq_lens: Annotated[str, typer.Option(help="Default: 512 to 16384, on a CPU 256 to 1024.")] = "",
+    device: Device = "cuda",
+    out: Out = None,
+    time_limit: Limit = 0,
+) -> None:
+    """Time a Hugging Face layer that keeps cumulative scores beside eager attention with weights, and its memory."""
+    lengths = parse_ints("--seq-lens", seq_lens)
+    device = choose_device(device)
+    from benchmark import huggingface as bench
+    from benchmark.record import Record, TimeLimit
+
+    heads = {"n_heads": 32, "head_dim": 128} if device == "cuda" else {"n_heads": 8, "head_dim": 64}
+    record = Record(place(out, device) / "huggingface", bench.COLUMNS, {"heads": heads})
+    rows = bench.huggingface_rows(lengths or bench.LENGTHS[device], device, TimeLimit(time_limit), say, **heads)
+    columns = ["n", "status", "eager_ms", "ours_ms", "speedup", "eager_mb", "ours_mb", "memory_ratio", "layer_speedup"]
+    if not finish(record, rows, [*columns, "scores_error"]):
+        raise typer.Exit(130)
+
+
+@app.command()
 def forward(out: Out = None) -> None:
     """Time the forward pass beside cuDNN, FlashAttention-2 and FlexAttention, in TFLOP/s."""
     need_gpu()
@@ -272,6 +293,15 @@ def backward(out: Out = None) -> None:
     from benchmark.backward import backward_rows
 
     on_gpu("backward", backward_rows, ["shape", "ours", "cuDNN", "SDPA-FA2", "FlexAttention", "right"], out)
+
+
+@app.command()
+def fp32_tiles(out: Out = None) -> None:
+    """Time the fp32 backward pass with several tiles of each of its kernels."""
+    need_gpu()
+    from benchmark.backward import fp32_tile_rows
+
+    on_gpu("fp32_tiles", fp32_tile_rows, ["head_dim", "kernel", "tile", "ms", "right"], out)
 
 
 @app.command()

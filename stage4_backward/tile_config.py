@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig, architecture, of_width
+from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, of_width
 
 
 class Rows(NamedTuple):
@@ -43,4 +43,5 @@ def backward_configs(q: Tensor, head_dim_v: int) -> Rows:
         table = _HOPPER_FP32 if arch == 90 else _SMALL
     else:
         table = _HOPPER if arch == 90 else _ANY_GPU if arch >= 80 else _SMALL
-    return of_width(table, max(q.shape[3], head_dim_v))
+    rows = of_width(table, max(q.shape[3], head_dim_v))
+    return Rows(chosen("grad_q") or rows.grad_q, chosen("grad_kv") or rows.grad_kv)

@@ -195,7 +195,7 @@ def huggingface() -> str:
                 f"{r['layer_speedup']:.1f}×",
             )
             memory = (f"{r['eager_mb']:,.0f} MB", f"{r['ours_mb']:.2f} MB", f"**{r['memory_ratio']:,.0f}×**")
-            rows.append([f"{r['n']:,}", *times, *memory])
+            rows.append([f"{r['n']:,}", *times, f"{r['layer_speedup']:.1f}×", *memory])
     header = ["N", "eager, ms", "ours, ms", "faster", "the whole layer", "eager holds", "ours holds", "less"]
     about = (
         f"B = 1, {result['heads']['n_heads']} heads, D = {result['heads']['head_dim']}, {result['rows'][0]['dtype']}."

@@ -6,6 +6,7 @@ are for GPUs that nobody has searched on: small enough for the shared memory of 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,7 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool,
     return rows.guarded if guarded or n_programs <= 2 * _multiprocessors(q.device) else rows.plain
 
 
+@cache
 def _multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has; 0 for none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
@@ -149,7 +151,16 @@ def _multiprocessors(device: torch.device) -> int:
 
 def architecture() -> int | None:
     """Return the compute capability that kernels are compiled for, such as 90; None in the interpreter."""
-    return None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+    if triton.knobs.runtime.interpret:
+        return None
+    driver = triton.runtime.driver.active
+    return _architecture_of(driver, driver.get_current_device())
+
+
+@cache
+def _architecture_of(driver, device: int) -> int:
+    """Ask a driver for the compute capability of its current device, once for each device."""
+    return driver.get_current_target().arch
 
 
 def of_width(table: dict, width: int):

@@ -1,7 +1,7 @@
 """Which keys a full cache keeps: H2O, CAB, SnapKV, StreamingLLM, random, and everything.
 
-A policy is any object with the members of `Policy`. The ones here are dataclasses without state, but for `Random` and its
-generator. The kept set is chosen for every sequence and every key head separately.
+A policy is any object with the members of `Policy`. The ones here are dataclasses, and without state but for `Random`,
+which has a generator. The kept set is chosen for every sequence and every key head separately.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def most_recent(positions: Tensor, count: int) -> Tensor:
 
 
 def largest(values: Tensor, positions: Tensor, count: int, taken: Tensor | None = None) -> Tensor:
-    """Return the indices of the `count` largest values among those not taken, padding only when nothing else is left."""
+    """Return the indices of the `count` largest values that are not taken, [B, Hk, count]; padding comes last."""
     values = values.masked_fill(positions == PADDING, torch.finfo(values.dtype).min)
     if taken is not None:
         values = values.scatter(-1, taken, -torch.inf)
@@ -181,7 +181,7 @@ class CAB:
 class SnapKV:
     """Keep the last queries' own tokens, and of the others those that these queries attend to, with their neighbours.
 
-    After a pass of fewer than `window` queries (a decoded token) older sums fade: each query takes 1/window of them away.
+    After a pass of fewer than `window` queries (a decoded token) older sums fade: each query takes 1/window of them.
 
     Args:
         window: how many last queries are observed; no more tokens than the budget leaves beside one other are kept.

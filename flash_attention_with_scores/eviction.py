@@ -6,16 +6,17 @@ tokens; then each layer evicts, for each sequence and KV head by itself. Positio
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from stage5_eviction.policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
 
 from ._score_cache import ScoreKeeping
+from .huggingface import NAME
 
 __all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
 
@@ -29,26 +30,31 @@ class EvictingCache(DynamicCache):
         model: a model after `replace_attention_with_flash`, or its configuration.
         policy: chooses what is kept, in all layers.
         budget: how many keys a layer keeps of each sequence for each KV head: an int, or as a float in (0, 1] a share
-            of the tokens seen so far (padding included), rounded up; or one such for every layer, in a sequence or by
-            a function of the layer's number. Layers that do not evict ignore theirs.
+            of the tokens seen so far (padding included), rounded up; or one such for every layer, in a list or by a
+            function of the layer's number. Layers that do not evict ignore theirs.
         every: evict only when a layer is this many keys over its budget, which saves work while decoding.
 
     Raises:
-        TypeError, ValueError: a budget, `every` or the policy is not as above; the model has no layer to evict from.
+        TypeError, ValueError: a budget, `every` or the policy is not as above; the model has another attention, or no
+            layer to evict from.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PreTrainedConfig,
+        model: PreTrainedModel | PretrainedConfig,
         policy: Policy,
-        budget: Budget | Sequence[Budget] | Callable[[int], Budget],
+        budget: Budget | list[Budget] | tuple[Budget, ...] | Callable[[int], Budget],
         *,
         every: int = 1,
     ):
-        config = model if isinstance(model, PreTrainedConfig) else model.config
+        config = model if isinstance(model, PretrainedConfig) else model.config
+        if config.get_text_config(decoder=True)._attn_implementation != NAME:
+            raise ValueError(
+                f"{config.model_type} has another attention: call replace_attention_with_flash(model) first"
+            )
         super().__init__(config=config)
-        if not callable(getattr(policy, "keep", None)):
-            raise TypeError(f"policy must have a method keep(scores, positions, budget), got {policy!r}")
+        if isinstance(policy, type) or not callable(getattr(policy, "keep", None)):
+            raise TypeError(f"policy must be an object with keep(scores, positions, budget), got {policy!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
         budgets = _budgets(budget, len(self.layers))
@@ -114,10 +120,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         budget = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * self.get_seq_length())
         if n_kept < budget + self.every:
             return
-        scores = self.score_store.scores
-        if self.policy.uses_scores and scores is None:
-            raise RuntimeError(f"{type(self.policy).__name__} needs scores, and this layer's attention keeps none")
-        kept = self.policy.keep(scores if self.policy.uses_scores else None, self.positions, budget)
+        kept = self.policy.keep(self.score_store.scores, self.positions, budget)
         if kept.shape[-1] == n_kept:
             return
         if kept.shape != (*self.positions.shape[:2], budget):
@@ -173,7 +176,7 @@ def _budgets(budget, n_layers: int) -> list[Budget]:
     """Return every layer's budget."""
     if callable(budget):
         budgets = [budget(i) for i in range(n_layers)]
-    elif isinstance(budget, Sequence):
+    elif isinstance(budget, list | tuple):
         budgets = list(budget)
     else:
         budgets = [budget] * n_layers

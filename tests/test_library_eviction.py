@@ -1,4 +1,4 @@
-"""Eviction on transformers' models: exactly what keeping everything and masking the evicted keys gives; and refusals."""
+"""Eviction on transformers' models: exactly as if all were kept and the evicted masked; and what is refused."""
 
 import copy
 
@@ -310,9 +310,6 @@ def test_eviction_random_draws_from_its_seed():
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert (first.diff(dim=-1) > 0).all()
-    counts = torch.zeros(30).index_add_(
-        0,
-        Random().keep(None, positions.expand(500, 2, 3, 30).flatten(0, 1), 10).flatten(),
-        torch.ones(500 * 2 * 3 * 10),
-    )
-    assert ((counts - 1000).abs() < 150).all(), "uniform within 6 standard deviations"
+    many = Random().keep(None, positions.repeat(500, 1, 1), 10)
+    counts = many.flatten().bincount(minlength=30)  # of 3000 draws each is kept in 1000, with a deviation of 26
+    assert ((counts - 1000).abs() < 150).all()

@@ -106,6 +106,21 @@ def test_eviction_with_padding_in_a_later_turn():
     assert_same_as_never_evicting("llama", POLICIES["SnapKV"], [9, 9], ragged_turns())
 
 
+class KeepsPadding:
+    """A careless policy: the first head keeps what is first, padding or not, the second what is last."""
+
+    uses_scores, window = False, None
+
+    def keep(self, scores, positions, budget):
+        n = positions.shape[-1]
+        kept = torch.stack([torch.arange(budget), torch.arange(n - budget, n)])
+        return kept.expand(positions.shape[0], -1, -1)
+
+
+def test_eviction_with_padding_kept_in_one_head_only():
+    assert_same_as_never_evicting("llama", KeepsPadding, [12, 12], left_padding())
+
+
 @pytest.mark.parametrize(
     ("budgets", "given"),
     [
@@ -179,7 +194,7 @@ def test_eviction_after_the_batch_is_rearranged(method):
     argument, same = REARRANGE[method]
     model, mask = switched(), left_padding()
     first, then = tokens()[:, :17], tokens()[:, 17:]
-    cache = EvictingCache(model, H2O(), 8)
+    cache = EvictingCache(model, H2O(), 12)  # more than the second sequence has tokens
     run(model, cache, first, mask, (17,))
     getattr(cache, method)(argument)
     masks = same(mask)
@@ -188,7 +203,7 @@ def test_eviction_after_the_batch_is_rearranged(method):
             model(same(then)[:, i, None], past_key_values=cache, attention_mask=masks[:, : 18 + i].long()).logits
             for i in range(3)
         ]
-    cache = EvictingCache(model, H2O(), 8)
+    cache = EvictingCache(model, H2O(), 12)
     expected = run(model, cache, same(tokens()), masks, (17, 1, 1, 1))[:, 17:]
     torch.testing.assert_close(torch.cat(actual, 1), expected, atol=ATOL, rtol=0)
 

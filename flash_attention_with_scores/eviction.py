@@ -21,6 +21,7 @@ from .huggingface import NAME
 __all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
 
 Budget = int | float
+Budgets = Budget | list[Budget] | tuple[Budget, ...] | Callable[[int], Budget]
 
 
 class EvictingCache(DynamicCache):
@@ -43,7 +44,7 @@ class EvictingCache(DynamicCache):
         self,
         model: PreTrainedModel | PretrainedConfig,
         policy: Policy,
-        budget: Budget | list[Budget] | tuple[Budget, ...] | Callable[[int], Budget],
+        budget: Budgets,
         *,
         every: int = 1,
     ):
@@ -57,12 +58,19 @@ class EvictingCache(DynamicCache):
             raise TypeError(f"policy must be an object with keep(scores, positions, budget), got {policy!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an int of at least 1, got {every!r}")
-        budgets = _budgets(budget, len(self.layers))
         evicting = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not evicting:
             raise ValueError(f"{config.model_type} has no layer of full attention, which is all that is evicted from")
         for i in evicting:
-            self.layers[i] = EvictingLayer(policy, budgets[i], every)
+            self.layers[i] = EvictingLayer(policy, every)
+        self.set_budget(budget)
+
+    def set_budget(self, budget: Budgets) -> None:
+        """Give the layers other budgets, and evict at once where these are smaller; `budget` is as for a new cache."""
+        for layer, of_layer in zip(self.layers, _budgets(budget, len(self.layers)), strict=True):
+            if isinstance(layer, EvictingLayer):
+                layer.budget = of_layer
+                layer.evict()
 
 
 class EvictingLayer(ScoreKeeping, DynamicLayer):
@@ -74,9 +82,10 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, policy: Policy, budget: Budget, every: int = 1):
+    def __init__(self, policy: Policy, every: int = 1):
         super().__init__()
-        self.policy, self.budget, self.every = policy, budget, every
+        self.policy, self.every = policy, every
+        self.budget: Budget = 1.0
         self.positions: Tensor | None = None
         self._has_padding = False
         self._unattended = 0  # new tokens whose attention has not been computed yet
@@ -111,12 +120,16 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         if self.policy.window is not None:
             left = max(1 - self._unattended / self.policy.window, 0)
             self.score_store.change(lambda scores: scores * left)
-        super().add_scores(sums, offset)
+        self.score_store.add(sums, offset)
 
-    def after_attention(self, query: Tensor, n_new: int) -> None:
-        """Evict down to the budget, if the layer is far enough over it."""
+    def after_attention(self, query: Tensor, n_q: int) -> None:
+        """Evict, now that the pass's own queries have seen everything; see `_score_cache`."""
         self._unattended = 0
-        n_kept = self.keys.shape[-2]
+        self.evict()
+
+    def evict(self) -> None:
+        """Evict down to the budget, if the layer is far enough over it."""
+        n_kept = 0 if self.positions is None else self.positions.shape[-1]
         budget = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * self.get_seq_length())
         if n_kept < budget + self.every:
             return
@@ -148,6 +161,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+        self.score_store.seen = 0
         super().reset()
         self.positions, self._unattended, self._has_padding = None, 0, False
 
@@ -172,7 +186,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
             self.positions = function(self.positions)
 
 
-def _budgets(budget, n_layers: int) -> list[Budget]:
+def _budgets(budget: Budgets, n_layers: int) -> list[Budget]:
     """Return every layer's budget."""
     if callable(budget):
         budgets = [budget(i) for i in range(n_layers)]

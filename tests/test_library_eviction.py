@@ -217,6 +217,20 @@ def test_eviction_of_nothing_is_a_plain_cache():
         assert cache.layers[0].keys.shape[2] == N_TOKENS
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_eviction_to_a_new_budget_is_that_of_a_new_cache(name):
+    model, ids = switched(name), tokens()
+    expected = EvictingCache(model, H2O(), [7, 5])
+    cache = EvictingCache(model, H2O(), 1.0)
+    cache.set_budget(0.9)  # of nothing yet
+    for each in (cache, expected):
+        run(model, each, ids, left_padding(), (17,))
+    cache.set_budget([7, 5])
+    results = [run(model, each, ids[:, 17:], turns=(1, 4)) for each in (cache, expected)]
+    assert torch.equal(*results)
+    assert cache.layers[1].keys.shape[2] == 5
+
+
 def test_eviction_without_scores_computes_none():
     model = switched()
     for policy in (Full(), Random(), StreamingLLM()):

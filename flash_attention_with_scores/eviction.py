@@ -77,7 +77,8 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
     """The keys, values, scores and positions that one layer has kept, all of the same N.
 
     `keys` and `values` are [B, Hk, N, D], `score_store.scores` is [B, Hk, N] fp32 (None where the policy needs none),
-    `positions` [B, Hk, N] int64: the number of the token in its sequence, -1 for padding.
+    `positions` [B, Hk, N] int64: the number of the token in its sequence, -1 for padding. Where a cache holds latents
+    that all heads share (DeepSeek), Hk is 1, and what is kept is chosen by the sum over all heads.
     """
 
     is_croppable = False
@@ -109,7 +110,10 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
             older, newest = self.positions.split([self.positions.shape[-1] - new.shape[1], new.shape[1]], dim=-1)
             self.positions = torch.cat([older, newest.masked_fill(~new[:, None], PADDING)], dim=-1)
             self._has_padding = True
-        return self.positions != PADDING if self._has_padding else None
+        if not self._has_padding:
+            return None
+        real = self.positions != PADDING
+        return real[:, 0] if real.shape[1] == 1 else real
 
     def wanted_queries(self, n_q: int) -> tuple[int, int] | None:
         if not self.policy.uses_scores:
@@ -117,6 +121,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         return max(n_q - (self.policy.window or n_q), 0), n_q
 
     def add_scores(self, sums: Tensor, offset: int) -> None:
+        sums = sums.unflatten(1, (self.positions.shape[1], -1)).sum(2)
         if self.policy.window is not None:
             left = max(1 - self._unattended / self.policy.window, 0)
             self.score_store.change(lambda scores: scores * left)

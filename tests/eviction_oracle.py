@@ -4,57 +4,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AttentionInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from huggingface_models import CONFIGS, eager_model
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from stage5_eviction.policies import PADDING
 
-VOCABULARY = 50
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,  # attention that is far from uniform
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "query_pre_attn_scalar": 8}
-OF_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-SHARED = ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**OF_GPT2, **{name: SIZES[name] for name in SHARED})),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, **HYBRID, attn_logit_softcapping=4.0)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HYBRID)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)),
-}
 
-
-def make_model(name):
-    """Make a tiny model with random weights, the same ones every time."""
-    torch.manual_seed(0)
-    return MODELS[name]().eval()
+def make_model(family):
+    """Make a tiny model of a family of CONFIGS that a test may change, with the same weights every time."""
+    return eager_model.__wrapped__(next(name for name in CONFIGS if name.startswith(family)))
 
 
 class NeverEvict:
@@ -74,20 +34,27 @@ class NeverEvict:
         model.set_attn_implementation("never_evict")
 
     def attend(
-        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs
-    ):
+        self, module, query, key, value, mask, scaling=None, sliding_window=None, softcap=None, s_aux=None, **_
+    ):  # fmt: skip
         n_q, n_k, layer = query.shape[2], key.shape[2], module.layer_idx
-        real = torch.ones(key.shape[0], n_k, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        left = self.left.get(layer, real.new_ones(*key.shape[:2], 0))
+        n_cached = self.cache.layers[layer].keys.shape[1]  # 1 where all heads' keys are made of the same latents
+        real = torch.ones(key.shape[0], n_k, dtype=torch.bool) if mask is None else mask.bool()
+        left = self.left.get(layer, real.new_ones(key.shape[0], n_cached, 0))
         left = F.pad(left, (0, n_k - left.shape[2]), value=True)
         behind = torch.arange(n_k - n_q, n_k)[:, None] - torch.arange(n_k)
-        visible = (behind >= 0) & (behind < (sliding_window or n_k)) & (left & real[:, None])[:, :, None]
+        seen = (left & real[:, None]).repeat_interleave(key.shape[1] // n_cached, 1)
+        visible = (behind >= 0) & (behind < (sliding_window or n_k)) & seen[:, :, None]
         q, k, v = query.double().unflatten(1, (key.shape[1], -1)), key.double()[:, :, None], value.double()[:, :, None]
         logits = q @ k.mT * (query.shape[3] ** -0.5 if scaling is None else scaling)  # [B, Hk, G, n_q, n_k]
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num()
+        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+        if s_aux is not None:  # one more logit for each query head
+            sinks = s_aux.double().view(1, *logits.shape[1:3], 1, 1).expand(*logits.shape[:4], 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1).nan_to_num()[..., :n_k]
         if sliding_window is None:
-            self.evict(layer, weights * real[:, None, None, n_k - n_q :, None], left, real)
+            counted = weights * real[:, None, None, n_k - n_q :, None]
+            self.evict(layer, counted.flatten(1, 2).unflatten(1, (n_cached, -1)), left, real)
         return (weights @ v).flatten(1, 2).transpose(1, 2).to(query.dtype), None
 
     def evict(self, layer, weights, left, real):

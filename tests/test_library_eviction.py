@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
-from eviction_oracle import VOCABULARY, NeverEvict, make_model
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+from eviction_oracle import NeverEvict, make_model
+from huggingface_models import VOCABULARY
 from transformers.cache_utils import DynamicCache
 
 from flash_attention_with_scores.eviction import (
@@ -32,7 +35,8 @@ N_TOKENS = sum(TURNS)
 
 
 def tokens(batch=2, n=N_TOKENS):
-    return torch.randint(1, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(VOCABULARY.start, VOCABULARY.stop, (batch, n), generator=generator)
 
 
 def left_padding(batch=2, n=N_TOKENS):
@@ -96,7 +100,7 @@ def test_eviction_is_exact_with_every_policy(policy, mask):
     assert (actual - kept_all)[:, -1].abs().max() > 0.1, "eviction has to matter here"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "qwen3", "qwen2", "gemma2", "gpt_oss", "deepseek"])
 @pytest.mark.parametrize("mask", [None, "left"], ids=["full rows", "left padding"])
 def test_eviction_is_exact_on_model(name, mask):
     assert_same_as_never_evicting(name, H2O, [7, 7], None if mask is None else left_padding())

@@ -100,7 +100,7 @@ TASKS = {"copy": copies, "retrieval": needles, "text": texts}
 PANELS = {  # the quantity, what the task is, the axis
     "copy": ("accuracy", f"copy {SEGMENT} random characters", "share of bytes predicted right"),
     "retrieval": ("accuracy", f"retrieve {NEEDLE} of {HAYSTACK} random characters", "share of bytes predicted right"),
-    "text": ("loss", f"go on with a text after {TEXT} bytes", "loss, nats per byte"),
+    "text": ("extra loss", f"go on with a text after {TEXT} bytes", "extra loss, nats per byte"),
 }
 QUIET = "#8a8a8a"
 STYLES = {
@@ -215,11 +215,20 @@ def measure_all(
 
 
 def summary(rows: list[dict[str, Any]], task: str, quantity: str) -> dict[str, dict[float, tuple[float, float]]]:
-    """Return, of each policy and budget, the mean over the seeds and their standard deviation (0 for one seed)."""
+    """Return, of each policy and budget, the mean over the seeds and their standard deviation (0 for one seed).
+
+    Args:
+        rows: from `measure_all`.
+        task: one of `TASKS`.
+        quantity: "accuracy", "loss", or "extra loss": beyond that of the full cache on the same sequences, which leaves
+            out how hard these are.
+    """
+    of_task = [row for row in rows if row["task"] == task]
+    full = {row["seed"]: row["loss"] for row in of_task if row["policy"] == "full"}
     found: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        if row["task"] == task:
-            found.setdefault(row["policy"], {}).setdefault(row["budget"], []).append(row[quantity])
+    for row in of_task:
+        value = row["loss"] - full[row["seed"]] if quantity == "extra loss" else row[quantity]
+        found.setdefault(row["policy"], {}).setdefault(row["budget"], []).append(value)
     return {
         name: {share: (statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for share, x in each.items()}
         for name, each in found.items()

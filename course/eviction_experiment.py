@@ -151,8 +151,8 @@ def one_pass_sums(q: Tensor, k: Tensor, tile: int) -> Tensor:
     """
     n_q, n_k = q.shape[2], k.shape[2]
     logits = q.unflatten(1, (k.shape[1], -1)).float() @ k.float()[:, :, None].mT * q.shape[3] ** -0.5
-    hidden = torch.arange(n_k) > torch.arange(n_k - n_q, n_k)[:, None]
-    logits = logits.masked_fill(hidden.to(logits.device), -torch.inf)  # [B, Hk, G, M, N]
+    number = torch.arange(n_k, device=q.device)
+    logits = logits.masked_fill(number > number[n_k - n_q :, None], -torch.inf)  # [B, Hk, G, M, N]
     tiles = F.pad(logits, (0, -n_k % tile), value=-torch.inf).unflatten(-1, (-1, tile))
     running_max = tiles.amax(-1).cummax(-1).values[..., None]
     return (tiles - running_max).exp().flatten(-2)[..., :n_k].sum((2, 3))

@@ -11,10 +11,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from stage5_eviction.policies import PADDING
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def make_model(family):
     """Make a tiny model of a family of CONFIGS that a test may change, with the same weights every time."""
-    return eager_model.__wrapped__(next(name for name in CONFIGS if name.startswith(family)))
+    return eager_model.__wrapped__(next(name for name in CONFIGS if name.startswith(family))).to(DEVICE)
 
 
 class NeverEvict:
@@ -38,10 +40,11 @@ class NeverEvict:
     ):  # fmt: skip
         n_q, n_k, layer = query.shape[2], key.shape[2], module.layer_idx
         n_cached = self.cache.layers[layer].keys.shape[1]  # 1 where all heads' keys are made of the same latents
-        real = torch.ones(key.shape[0], n_k, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones(key.shape[0], n_k, dtype=torch.bool, device=key.device) if mask is None else mask.bool()
         left = self.left.get(layer, real.new_ones(key.shape[0], n_cached, 0))
         left = F.pad(left, (0, n_k - left.shape[2]), value=True)
-        behind = torch.arange(n_k - n_q, n_k)[:, None] - torch.arange(n_k)
+        number = torch.arange(n_k, device=key.device)
+        behind = number[n_k - n_q :, None] - number
         seen = (left & real[:, None]).repeat_interleave(key.shape[1] // n_cached, 1)
         visible = (behind >= 0) & (behind < (sliding_window or n_k)) & seen[:, :, None]
         q, k, v = query.double().unflatten(1, (key.shape[1], -1)), key.double()[:, :, None], value.double()[:, :, None]

@@ -1,4 +1,4 @@
-"""A cache for transformers' models that never holds more keys than its budget, and the policies that choose them.
+"""A cache for transformers' models that keeps no more keys than its budget, and the policies that choose them.
 
 After `replace_attention_with_flash(model)`, `model.generate(inputs, past_key_values=EvictingCache(model, H2O(), 256))`
 evicts as it goes. The attention of a forward pass sees everything that the cache held before it, and the pass's own

@@ -36,6 +36,7 @@ DELTA = "test_stage4_delta.py::"
 KERNELS = "test_stage4_kernels.py::"
 GRAD_KV = "test_stage4_grad_kv.py::"
 LINEAR_GRADS = "test_stage4_linear_grads.py::"
+EVICTION = "test_stage5_eviction.py::"
 SOFTMAX = "stage1_pytorch_tiled/online_softmax.py"
 LOOP = "stage1_pytorch_tiled/tiled_forward.py"
 HOOKS = "stage1_pytorch_tiled/hooks.py"
@@ -50,6 +51,7 @@ RECOMPUTE = "stage4_backward/recompute_pytorch.py"
 BACKWARD = "stage4_backward/launch.py"
 GRAD_TILES = "stage4_backward/grad_tiles.py"
 GRAD_KV_KERNEL = "stage4_backward/grad_kv_kernel.py"
+POLICIES = "stage5_eviction/policies.py"
 
 MISTAKES = [
     Mistake(
@@ -645,5 +647,45 @@ MISTAKES = [
         "idx[None, :] <= idx[:, None]",
         LINEAR_GRADS + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
         "Ends are exclusive: the m-th row of a chunk has m vectors more than the first, not m + 1.",
+    ),
+    Mistake(
+        "padding_taken_for_sinks",
+        POLICIES,
+        "    values = values.masked_fill(positions == PADDING, torch.finfo(values.dtype).min)\n",
+        "",
+        EVICTION + "test_first_tokens_are_behind_the_padding_StreamingLLM",
+        "The first columns of a batch are padding in all but its longest sequence.",
+    ),
+    Mistake(
+        "heavy_token_kept_twice",
+        POLICIES,
+        "largest(scores, positions, budget - n_recent, recent)",
+        "largest(scores, positions, budget - n_recent)",
+        EVICTION + "test_keeps_what_lists_choose[fresh-H2O-0-10]",
+        "A recent token may be heavy as well; it must not use up two places.",
+    ),
+    Mistake(
+        "median_of_all_tokens",
+        POLICIES,
+        ".scatter(-1, taken, torch.nan)",
+        "",
+        EVICTION + "test_keeps_what_lists_choose[fresh-CAB-0-10]",
+        "Bridges lie in the middle of what is left once local and important tokens are taken.",
+    ),
+    Mistake(
+        "window_lends_its_scores",
+        POLICIES,
+        "older = scores.scatter(-1, recent, 0.0)",
+        "older = scores",
+        EVICTION + "test_keeps_what_lists_choose[fresh-SnapKV-1-10]",
+        "Pooling reaches over the border: the window's own keys would draw their last neighbours in.",
+    ),
+    Mistake(
+        "heads_keep_the_same",
+        POLICIES,
+        "    return values.topk(count, dim=-1).indices",
+        "    return values.sum(1, keepdim=True).topk(count, dim=-1).indices.expand(-1, values.shape[1], -1)",
+        EVICTION + "test_heads_choose_for_themselves[H2O]",
+        "Each key head looks for something else, so each keeps its own set.",
     ),
 ]

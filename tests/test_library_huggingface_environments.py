@@ -21,9 +21,10 @@ LLAMA = next(iter(CONFIGS))
 @pytest.mark.parametrize(
     ("environment", "tests"),
     [
-        ("transformers_4", "tests/test_library_huggingface.py"),
-        ("kvpress", "tests/environments/kvpress/observed_attention.py"),
+        ("transformers_4", ["tests/test_library_huggingface.py", "tests/test_library_eviction.py"]),
+        ("kvpress", ["tests/environments/kvpress/observed_attention.py"]),
     ],
+    ids=["transformers_4", "kvpress"],
 )
 def test_huggingface_in_an_environment_of_its_own(environment, tests):
     if shutil.which("uv") is None:
@@ -31,7 +32,8 @@ def test_huggingface_in_an_environment_of_its_own(environment, tests):
     if os.environ.get("UV_OFFLINE"):
         pytest.skip("UV_OFFLINE is set, and uv may have to fetch packages")
     project = ["--locked", "--project", f"tests/environments/{environment}", "--python", sys.executable]
-    run(["uv", "run", *project, "python", "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", tests])
+    graded = ["python", "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *tests]
+    run(["uv", "run", *project, *graded])
 
 
 def test_huggingface_tensor_parallel(tmp_path):

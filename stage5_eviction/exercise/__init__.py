@@ -1,0 +1,1 @@
+"""Stage 5, optional: which keys a full cache keeps."""

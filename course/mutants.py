@@ -84,7 +84,8 @@ def patch(file: Path, mistake: Mistake) -> None:
 def main() -> None:
     """Try the mistakes named on the command line, or all; print one JSON object a line."""
     use_interpreter_without_gpu()
-    for name in [name for name in sys.modules if name.startswith("stage")]:
+    packages = ("stage", "flash_attention_with_scores")
+    for name in [name for name in sys.modules if name.startswith(packages)]:
         del sys.modules[name]  # each child imports its own, wrong copy
     import hypothesis  # noqa: F401  (the slow imports, once and before the forks)
     import torch

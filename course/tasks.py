@@ -42,11 +42,12 @@ class Task(NamedTuple):
 
 def all_tasks() -> list[Task]:
     """Return the tasks of every stage that has exercises, in the order of the course."""
-    return [
+    tasks = [
         Task(folder=file.parent.relative_to(ROOT).as_posix(), **entry)
-        for file in sorted(ROOT.glob("stage*/exercise/tasks.toml"))
+        for file in ROOT.glob("*/exercise/tasks.toml")
         for entry in tomllib.loads(file.read_text(encoding="utf-8"))["task"]
     ]
+    return sorted(tasks, key=lambda task: [int(number) for number in task.id.split(".")])
 
 
 def find_task(id: str) -> Task | None:

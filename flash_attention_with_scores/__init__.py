@@ -19,6 +19,7 @@ from .sums import (
 from .workspace import release_buffers
 
 _LAZY = {  # what needs packages beside torch, and where it is; not in __all__, so that `import *` works without them
+    "EvictingCache": "eviction",
     "get_all_cumulative_scores": "huggingface",
     "replace_attention_with_flash": "huggingface",
     "reset_cumulative_scores": "huggingface",

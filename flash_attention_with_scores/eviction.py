@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from stage5_eviction.policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
-
 from ._score_cache import ScoreKeeping
 from .huggingface import NAME
+from .policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
 
 __all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
 

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
         "--impl",
         choices=["reference", "exercise"],
         default="reference",
-        help="grade the course's own code, or the learner's files under stage*/exercise/",
+        help="grade the course's own code, or the learner's files under */exercise/",
     )
 
 

@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_training_report():
         "stage2_triton_forward/README.md",
         "stage3_scores_and_sums/README.md",
         "stage4_backward/README.md",
-        "stage5_eviction/README.md",
+        "flash_attention_with_scores/README.md",
         "course/text/README.md",
     ],
     ids=["front", "lesson 1", "lesson 2", "lesson 3", "lesson 4", "lesson 5", "texts"],

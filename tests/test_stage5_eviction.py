@@ -16,7 +16,7 @@ POLICIES = {
 
 @pytest.fixture
 def policies(graded):
-    return graded("stage5_eviction", "policies")
+    return graded("flash_attention_with_scores", "policies")
 
 
 def scores_and_positions(positions):

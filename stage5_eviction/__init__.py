@@ -1,1 +1,0 @@
-"""Stage 5, optional: which keys a full cache keeps."""

@@ -30,6 +30,7 @@ def outcomes(names: list[str]) -> list[dict[str, str]]:
     command = [sys.executable, "-P", "-m", "course.mutants", *names]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}  # a fork cannot use its parent's GPU
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the notebooks' plugin alone takes seconds to load
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stderr)

@@ -36,6 +36,7 @@ PLACEHOLDER = re.compile(
 )
 PYTEST = ["-o", "addopts=", "-p", "no:cacheprovider"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the notebooks' plugin alone takes seconds to load
 
 
 def exercises_are_edited():

@@ -30,7 +30,6 @@ def outcomes(names: list[str]) -> list[dict[str, str]]:
     command = [sys.executable, "-P", "-m", "course.mutants", *names]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}  # a fork cannot use its parent's GPU
-    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the notebooks' plugin alone takes seconds to load
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stderr)
@@ -65,6 +64,7 @@ def _run_test(mistake: Mistake, folder: str, log: Path, report: Path) -> NoRetur
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path.insert(0, folder)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the notebooks' plugin alone takes seconds to load
         arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", f"--junitxml={report}"]
         code = int(pytest.main([*arguments, str(ROOT / "tests" / mistake.caught_by)]))
     finally:

@@ -67,11 +67,16 @@ def test_recorded_results_name_their_origin_and_are_right():
         assert all(right), f"{file.name} holds a wrong answer of the library's"
 
 
-def test_library_example_runs(tmp_path, monkeypatch):
+def test_library_examples_run(tmp_path, monkeypatch):
+    plain, huggingface = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    example = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL).group(1)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(plain, "README.md", "exec"), {})
     assert (tmp_path / "scores.png").exists()
+    monkeypatch.chdir(ROOT)  # where the model is
+    names = {}
+    exec(compile(huggingface, "README.md", "exec"), names)
+    assert names["output"].shape == (1, names["ids"].shape[1] + 32)
+    assert {layer.keys.shape[2] for layer in names["cache"].layers} == {64}
 
 
 def test_the_two_commands_are_there():

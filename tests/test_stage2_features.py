@@ -15,6 +15,10 @@ SHAPES = {
     "one query": Case(2, 4, 2, 1, 300, 16, True),
     "few queries": Case(1, 2, 2, 5, 300, 64, True),
 }
+IN_SPLITS = {  # fewer rows: merging takes a program for each, and the interpreter runs one after the other
+    SHAPES["self"]: Case(1, 4, 2, 17, 100, 24, True),
+    SHAPES["M > N"]: Case(1, 2, 1, 40, 21, 32, True),
+}
 FEATURES = {
     "full": {},
     "causal": {"causal": True},
@@ -61,6 +65,7 @@ def check(attention_forward, q, k, v, n_splits=1, **options):
 @each_feature
 @splits
 def test_features(attention_forward, device, case, feature, n_splits):
+    case = case if n_splits == 1 else IN_SPLITS.get(case, case)
     options = options_of(feature, case, device)
     check(attention_forward, *make_qkv(case, device=device), n_splits=n_splits, **options)
 
@@ -93,7 +98,8 @@ def test_weights_of_a_row_add_up_to_one(attention_forward, device):
 def test_order_of_the_keys_does_not_matter(attention_forward, device):
     q, k, v = make_qkv(SHAPES["self"], device=device)
     order = torch.randperm(k.shape[2], device=device)
-    for n_splits in (1, 4):
+    for rows, n_splits in ((70, 1), (9, 4)):
+        q = q[:, :, :rows]
         output, lse = attention_forward(q, k, v, n_splits=n_splits)
         permuted, same_lse = attention_forward(q, k[:, :, order], v[:, :, order], n_splits=n_splits)
         torch.testing.assert_close(permuted, output, rtol=1e-5, atol=1e-5)
@@ -102,12 +108,10 @@ def test_order_of_the_keys_does_not_matter(attention_forward, device):
 
 def test_never_makes_the_matrix(attention_forward, device):
     q, k, v = make_qkv(Case(1, 2, 1, 700, 700, 16, True), device=device)
-    for options in ({}, {"window": 50}, {"n_splits": 2}):
+    for rows, options in ((700, {}), (700, {"window": 50}), (100, {"n_splits": 2})):
         with LargestTensor() as largest:
-            attention_forward(q, k, v, causal=True, **options)
-        assert largest.bytes <= 4 * 2 * q.numel(), (
-            f"{options}: {largest.bytes} bytes were allocated"
-        )  # splits: 2 outputs
+            attention_forward(q[:, :, -rows:], k, v, causal=True, **options)
+        assert largest.bytes <= 4 * q.numel(), f"{options}: {largest.bytes} bytes were allocated"
 
 
 def test_many_splits_of_few_keys(attention_forward, device):

@@ -40,7 +40,7 @@ class ScoreStore:
                 f"{list(sums.shape[:2])}: call reset_cumulative_scores(model) or use a fresh cache"
             )
         grown = torch.nn.functional.pad(self.scores, (0, offset + sums.shape[2] - self.scores.shape[2]))
-        grown[..., offset:] += sums
+        grown[..., offset:].add_(sums)
         self.scores = grown
 
     def change(self, function) -> None:

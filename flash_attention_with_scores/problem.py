@@ -38,6 +38,9 @@ class Problem(NamedTuple):
         """Return output and lse; `descale` is [2], for fp8."""
         if self.backend == "pytorch":
             return self.run("attention")
+        inputs = (self.q, self.k, self.v, self.options["sinks"])
+        if not needs_operator(*inputs):
+            return kernels("split_kv").attention_forward(*self[:7], **self.options, descale=descale)
         masks = (self.options[name] for name in ("softcap", "sinks", "key_padding_mask"))
         return kernels("forward_ops").forward_op(*self[:7], *window_sides(self.options["window"]), *masks, descale)
 
@@ -51,12 +54,12 @@ class Problem(NamedTuple):
         """
         inputs, arguments = (self.q, self.k, self.v), (self.causal, self.sm_scale, self.dropout_p, self.seed)
         sinks = self.options["sinks"]
-        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, sinks))
+        differentiable = needs_gradients(*inputs, sinks)
         if buffers and differentiable:
             raise ValueError("buffers and reuse_buffers do not go with gradients: call under torch.no_grad()")
         if self.backend == "triton":
-            module, buffers = (kernels("launch"), buffers) if buffers else (kernels("ops"), {})
-            return getattr(module, name)(*inputs, *arguments, **self.options, **own, **buffers)
+            module = kernels("launch" if buffers or not needs_operator(*inputs, sinks) else "ops")
+            return getattr(module, name)(*inputs, *arguments, **self.options, **own, **(buffers or {}))
         attend = partial(getattr(pytorch_backend, name), *inputs, *arguments, **self.options, **own)
         if not differentiable:
             return attend()
@@ -98,6 +101,26 @@ def checked_problem(
     return Problem(q, k, v, causal, scale, float(dropout_p), seed, options, backend)
 
 
+def needs_gradients(*inputs: Tensor | None) -> bool:
+    """Return whether a result of these inputs is to be differentiated."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def needs_operator(*inputs: Tensor | None) -> bool:
+    """Return whether kernels are to be called as operators that PyTorch knows.
+
+    It must know them to differentiate, compile, trace or transform them. A plain call launches them itself, which
+    takes a good deal less of Python.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or needs_gradients(*inputs)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in inputs)
+    )
+
+
 def autocasted(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Return the inputs in autocast's dtype, where autocast is on for their device; fp64 and fp8 stay what they are."""
     cast = (torch.float32, torch.float16, torch.bfloat16)
@@ -116,10 +139,12 @@ def kernels(module: str) -> ModuleType:
     """Import a module of kernels on first use, with the gradients of all operators: PyTorch alone works without Triton.
 
     Args:
-        module: "launch", "ops" or "column_sums" of stage 3, or "forward_ops" of stage 2.
+        module: "launch", "ops" or "column_sums" of stage 3, "split_kv" or "forward_ops" (its ops) of stage 2.
     """
     import stage4_backward.ops  # noqa: F401  (gives the operators their gradients)
     from stage2_triton_forward import ops as forward_ops
+    from stage2_triton_forward import split_kv
     from stage3_scores_and_sums import column_sums, launch, ops
 
-    return {"launch": launch, "ops": ops, "column_sums": column_sums, "forward_ops": forward_ops}[module]
+    found = {"launch": launch, "ops": ops, "column_sums": column_sums}
+    return (found | {"split_kv": split_kv, "forward_ops": forward_ops})[module]

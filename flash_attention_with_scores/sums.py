@@ -232,7 +232,8 @@ def attention_cross_token_softmax_sum_buffered(
     """Compute `attention_cross_token_softmax_sum`, keeping the region's scores between its two passes.
 
     It needs (M - split)·split elements for each query head, and is there for comparison: computing the scores twice
-    costs less than writing and reading them. The PyTorch backend keeps nothing.
+    costs less than writing and reading them. They are kept in q's dtype, so that in fp16 and bf16 each weight, and with
+    it the sum, is off by the rounding of its score. The PyTorch backend keeps nothing.
     """
     problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}

@@ -191,11 +191,15 @@ def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: 
 
 
 def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
-    """Return into how many parts to cut the keys: one program for every multiprocessor, 256 keys each at least."""
+    """Return into how many parts to cut the keys: a program for every multiprocessor at most, 256 keys each at least.
+
+    It is a power of two: a cache that grows token by token meets few variants of the kernel.
+    """
     n_multiprocessors = _multiprocessors(device)
     if n_programs == 0 or n_programs >= n_multiprocessors:
         return 1
-    return max(1, min(n_multiprocessors // n_programs, n_k // 256, 128))
+    parts = max(1, min(n_multiprocessors // n_programs, n_k // 256, 128))
+    return 1 << (parts.bit_length() - 1)
 
 
 def merge_warps(n_splits: int) -> int:

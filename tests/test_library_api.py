@@ -5,10 +5,12 @@ import inspect
 import pytest
 import torch
 from helpers import Case, assert_right, make_qkv, references
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flash_attention_with_scores as library
 from course.largest_tensor import LargestTensor
 from flash_attention_with_scores import attention_with_scores, compute_attention_scores
+from flash_attention_with_scores.problem import needs_operator
 
 CACHE = Case(2, 4, 2, 40, 130, 24, True)
 BACKENDS = ["pytorch", "triton", None]
@@ -144,3 +146,21 @@ def test_empty_tensors(device, backend, shape):
     assert scores.shape == (batch, heads, n_q, n_k)
     torch.testing.assert_close(output.cpu(), torch.zeros(batch, heads, n_q, 16))
     assert compute_attention_scores(q, k, backend=backend).shape == scores.shape
+
+
+def test_only_plain_calls_pass_the_operators_by():
+    q = torch.zeros(1, 1, 2, 16)
+    learnt = torch.nn.Parameter(q)
+    assert not needs_operator(q, q, q, None)
+    assert needs_operator(q, learnt)
+    with torch.no_grad():
+        assert not needs_operator(q, learnt)
+    with FakeTensorMode() as mode:
+        assert needs_operator(mode.from_tensor(q))
+        assert needs_operator(q)
+    told = []
+    torch.func.vmap(lambda x: told.append(needs_operator(x)) or x)(q)
+    torch.jit.trace(lambda x: told.append(needs_operator(x)) or x + 1, q, check_trace=False)
+    assert told == [True, True]
+    compiled = torch.compile(lambda x: x + 1 if needs_operator(x) else x, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q), q + 1)

@@ -66,11 +66,12 @@ def main() -> None:
     if arguments == ["--metrics"]:
         print(",".join(METRICS.values()))
     elif arguments[:1] == ["--read"]:
-        from benchmark.measure import save
+        from benchmark.record import Record
         from benchmark.render import RESULTS
 
-        out = Path(arguments[2]) if len(arguments) > 2 else RESULTS
-        save("counters", read(Path(arguments[1]).read_text()), out)
+        record = Record((Path(arguments[2]) if len(arguments) > 2 else RESULTS) / "counters")
+        record.rows = read(Path(arguments[1]).read_text())
+        record.write()
     else:
         launch_all()
 

@@ -147,5 +147,10 @@ def kernels(module: str) -> ModuleType:
     from stage2_triton_forward import split_kv
     from stage3_scores_and_sums import column_sums, launch, ops
 
-    found = {"launch": launch, "ops": ops, "column_sums": column_sums}
-    return (found | {"split_kv": split_kv, "forward_ops": forward_ops})[module]
+    return {
+        "launch": launch,
+        "ops": ops,
+        "column_sums": column_sums,
+        "split_kv": split_kv,
+        "forward_ops": forward_ops,
+    }[module]

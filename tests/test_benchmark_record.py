@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmark import flash, memory, operators, plots, render
+from benchmark import counters, flash, memory, operators, plots, render
 from benchmark.record import ORIGIN, Record, TimeLimit, keep, within
 
 COLUMNS = ("n", "operator", "ms", "status")
@@ -147,3 +147,19 @@ def test_pictures_name_the_machine_and_the_date():
         title = figure.get_suptitle() or figure.axes[0].get_title()
         shown.append("NVIDIA X, 2026-01-02" in title)
     assert shown == [True] * 3
+
+
+def test_counters_of_a_profiler_are_kept(tmp_path, monkeypatch):
+    """Nsight Compute's raw page: a warning, a header, a row of units, and then a row for each launch."""
+    page = [
+        "==WARNING== unmodified clocks",
+        '"ID","Kernel Name","Grid Size","gpu__time_duration.sum","launch__registers_per_thread"',
+        '"","","","us","register/thread"',
+        '"0","void at::fill<float>(int)","(1, 1, 1)","1.5","16"',
+        '"1","forward_kernel","(64, 8, 1)","1,250.5","254"',
+    ]
+    (tmp_path / "page.csv").write_text("\n".join(page))
+    monkeypatch.setattr("sys.argv", ["counters", "--read", str(tmp_path / "page.csv"), str(tmp_path)])
+    counters.main()
+    (row,) = json.loads((tmp_path / "counters.json").read_text())["rows"]
+    assert row == {"kernel": "forward_kernel", "grid": "(64, 8, 1)", "ms": pytest.approx(1.2505), "registers": 254}

@@ -14,9 +14,13 @@ from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
 from .forward_kernel import Logits, Tiles, forward_kernel
 from .hook import PLAIN, Hook, constant
+from .quick_interpreter import quicken
 from .simple_kernel import simple_forward_kernel
 from .tile_config import TileConfig, forward_config, heads_together, simple_config
 from .tiles import Dropout, Mask
+
+if triton.knobs.runtime.interpret:
+    quicken()
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
 

@@ -26,7 +26,7 @@ GIVEN = {"1": {"philox"}}  # modules of a stage's reference that its exercises m
 # Modules that an exercise package finds in its stage's folder, and runs as its own: they import the learner's files.
 FOUND_IN_STAGE = {
     "1": {"dense", "philox", "second_pass"},
-    "2": {"hook", "interpreter", "launch", "ops", "split_kv", "tile_config"},
+    "2": {"hook", "interpreter", "launch", "ops", "quick_interpreter", "split_kv", "tile_config"},
     "3": {"column_sums", "launch", "linear_sums", "ops", "tile_config"},
     "4": {"gradients", "hooks", "launch", "linear_grads", "ops", "tile_config"},
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import CASES, HALF, Case, assert_right, make_qkv, references
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_stage2_features import FEATURES, options_of
 from test_stage2_tiles import WINDOWS, visible_matrix
@@ -282,7 +282,8 @@ def test_visible_queries(graded, device, n_q, n_k, causal, window, block_m):
             assert list(range(whole_begin, whole_stop, block_m)) == whole
 
 
-@settings(max_examples=8, deadline=None, database=None)
+@settings(max_examples=8)
+@example(group=3, n_q=40, n_k=70, region=(5, 35, 66), causal=True, left=50, right=None, padded=True)
 @given(
     group=st.sampled_from([1, 3]),
     n_q=st.integers(1, 70),

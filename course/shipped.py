@@ -40,9 +40,17 @@ def edited() -> list[str]:
 
 
 def solved() -> list[str]:
-    """Return the tasks whose placeholder is gone, such as "1.3 in stage1_pytorch_tiled/exercise/tiled_forward.py"."""
+    """Return the numbers of the tasks whose placeholder is gone."""
     texts = {name: file.read_text(encoding="utf-8") for name, file in exercise_files().items()}
-    return [f"{task.id} in {task.path}" for task in all_tasks() if f'"Task {task.id}: ' not in texts.get(task.path, "")]
+    return [task.id for task in all_tasks() if f'"Task {task.id}: ' not in texts.get(task.path, "")]
+
+
+def listed(names: list[str]) -> str:
+    """Return files for a message, by folder: "stage1_pytorch_tiled/exercise (hooks.py, tiled_forward.py)"."""
+    folders: dict[str, list[str]] = {}
+    for folder, _, file in (name.rpartition("/") for name in names):
+        folders.setdefault(folder, []).append(file)
+    return ", ".join(f"{folder} ({', '.join(files)})" for folder, files in folders.items())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,10 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where they are out of step")
     if parser.parse_args(arguments).check:
         if names := edited():
-            sys.exit(f"not as shipped: {', '.join(names)}\nif that is how they shall be shipped, run {COMMAND}")
+            sys.exit(f"not as shipped: {listed(names)}\nif that is how they shall be shipped, run {COMMAND}")
         print("every exercise is as shipped")
     elif tasks := solved():
-        sys.exit(f"nothing written: solutions are not shipped, and these tasks are without a placeholder: {tasks}")
+        sys.exit(f"nothing written: solutions are not shipped, and these tasks have no placeholder: {', '.join(tasks)}")
     else:
         (ROOT / DIGESTS).write_text(json.dumps(digests(), indent=1) + "\n", encoding="utf-8", newline="\n")
         print(f"{len(digests())} digests written to {DIGESTS}")

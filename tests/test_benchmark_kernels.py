@@ -149,7 +149,7 @@ def test_counting_ends_with_its_block():
 def test_bytes_command(impl, tmp_path):
     edited = [name for name in shipped.edited() if name.startswith("stage")]
     if impl == "exercise" and edited:
-        pytest.skip(f"edited, grade with --impl exercise: {', '.join(edited)}")
+        pytest.skip(f"edited, grade with --impl exercise: {shipped.listed(edited)}")
     arguments = ["bytes", "--impl", impl, "--n", "64", "--heads", "2", "--tile", "32x64", "--out", str(tmp_path)]
     result = CliRunner().invoke(run.app, arguments)
     assert result.exit_code == 0, result.output

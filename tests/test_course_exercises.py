@@ -49,7 +49,7 @@ GRADE = "grade with --impl exercise"
 def unless_edited(*names):
     """Skip where any of these files is not the one that was shipped."""
     found = [name for name in names if name in EDITED]
-    return pytest.mark.skipif(bool(found), reason=f"edited, {GRADE}: {', '.join(found)}")
+    return pytest.mark.skipif(bool(found), reason=f"edited, {GRADE}: {shipped.listed(found)}")
 
 
 def files_of(number):
@@ -108,7 +108,7 @@ def placeholders(path):
 
 def test_exercises_are_those_that_were_shipped():
     if EDITED and not os.environ.get("CI"):
-        pytest.skip(f"edited, {GRADE}: {', '.join(EDITED)}")
+        pytest.skip(f"edited, {GRADE}: {shipped.listed(EDITED)}")
     assert not EDITED, f"out of step with course/shipped.json; if they shall be shipped so, run {shipped.COMMAND}"
 
 
@@ -139,9 +139,9 @@ def test_edits_are_told_without_git(copied):
 def test_digests_are_checked_and_renewed(copied, monkeypatch, capsys):
     monkeypatch.setattr(shipped, "solved", list)
     shipped.main(["--check"])
-    name, file = next(iter(copied.items()))
+    file = next(iter(copied.values()))
     file.write_text(file.read_text() + "# a new skeleton\n")
-    with pytest.raises(SystemExit, match=rf"{name}\n.*{shipped.COMMAND}"):
+    with pytest.raises(SystemExit, match=rf"{file.name}.*\n.*{shipped.COMMAND}"):
         shipped.main(["--check"])
     shipped.main([])
     shipped.main(["--check"])
@@ -152,7 +152,7 @@ def test_solutions_are_not_recorded_as_shipped(copied):
     task = TASKS[0]
     copied[task.path].write_text(copied[task.path].read_text().replace(f"Task {task.id}: ", "Done: "))
     before = (shipped.ROOT / shipped.DIGESTS).read_text()
-    with pytest.raises(SystemExit, match=f"{task.id} in {task.path}"):
+    with pytest.raises(SystemExit, match=f" {task.id}"):
         shipped.main([])
     assert (shipped.ROOT / shipped.DIGESTS).read_text() == before
 

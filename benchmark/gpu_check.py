@@ -152,7 +152,7 @@ def not_run(reasons: dict[str, int]) -> list[str]:
     """
     lines = ["notebooks: `uv run pytest` runs them", "exercises: `uv run pytest --impl exercise` grades them"]
     if reason := why_not_interpreted():
-        lines.append(f"the mutant gate but for stage 1, and bytes that kernels move: {reason}")
+        lines.append(f"the mutant gate, but for stage 1: {reason}")
     if shutil.which("uv") is None:
         lines.append("environments of other versions (transformers 4, kvpress): uv is not installed")
     return lines + [f"{number} skipped in the suite: {reason}" for reason, number in sorted(reasons.items())]

@@ -8,6 +8,7 @@ run on such a machine is named below the table, with the reason, and counts neit
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -112,12 +113,18 @@ def suite(options: Options, run: Run, has_xdist: bool) -> dict:
 
 def fuzz(options: Options, run: Run) -> dict:
     """Run the fuzzer for a while."""
-    log = options.out / "fuzz.log"
-    arguments = ["--device", "cuda", "--seconds", f"{options.seconds:g}", "--out", str(options.out)]
+    log, result = options.out / "fuzz.log", options.out / "fuzz.json"
+    result.unlink(missing_ok=True)
+    arguments = ["--device", "cuda", "--cases", "0", "--seconds", f"{options.seconds:g}", "--out", str(options.out)]
     code = run([sys.executable, "-m", "benchmark.run", "fuzz", *arguments], log)
     if code and "No such command" in log.read_text(errors="replace"):
         return {"outcome": "missing", "note": "benchmark.run has no command `fuzz`"}
-    return {"outcome": "failed" if code else "passed", "note": f"see {log}"}
+    found = json.loads(result.read_text()) if result.exists() else {"cases": 0, "disagreements": []}
+    wrong = len(found["disagreements"])
+    failed = bool(code or wrong) or not found["cases"]
+    notes = [f"{found['cases']} random cases", *([f"exit code {code}, see {log}"] if failed else [])]
+    counts = {"passed": found["cases"] - wrong, "failed": wrong}
+    return {"outcome": "failed" if failed else "passed", **counts, "note": "; ".join(notes)}
 
 
 def memcheck(options: Options, run: Run) -> dict:

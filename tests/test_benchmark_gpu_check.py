@@ -25,8 +25,9 @@ ALL_PASS = {"suite": (0, ""), "fuzz": (0, ""), "memcheck": (0, "")}
 class Commands:
     """Plays the commands that a run starts: exit code and output by check, and pytest's report."""
 
-    def __init__(self, report='<testsuite><testcase name="a"/></testsuite>', **played):
+    def __init__(self, report='<testsuite><testcase name="a"/></testsuite>', cases=9, disagreements=(), **played):
         self.report, self.played, self.commands = report, ALL_PASS | played, []
+        self.found = {"cases": cases, "disagreements": disagreements}
 
     def __call__(self, command, log):
         self.commands.append(command)
@@ -37,6 +38,8 @@ class Commands:
         for argument in command:
             if argument.startswith("--junitxml=") and self.report:
                 Path(argument.partition("=")[2]).write_text(self.report)
+        if "fuzz" in command:
+            (Path(command[-1]) / "fuzz.json").write_text(json.dumps(self.found))
         return code
 
 
@@ -61,8 +64,8 @@ def test_everything_passes(check):
     code, rows, said = check(commands, "--seconds", "5")
     assert code == 0
     assert {row["outcome"] for row in rows.values()} == {"passed"}
-    assert [rows[name].get("passed") for name in gpu_check.CHECKS] == [1, None, 3]
-    assert commands.commands[1][4:8] == ["--device", "cuda", "--seconds", "5"]
+    assert [rows[name].get("passed") for name in gpu_check.CHECKS] == [1, 9, 3]
+    assert commands.commands[1][3:10] == ["fuzz", "--device", "cuda", "--cases", "0", "--seconds", "5"]
     assert [command[-1] for command in commands.commands[2:]] == ["2", "3", "4"]
     assert "notebooks" in said
 
@@ -76,9 +79,11 @@ def test_everything_passes(check):
         ({"report": '<testsuite><testcase name="a"><skipped message="b"/></testcase></testsuite>'}, "suite"),
         ({"report": '<testsuite><testcase/><testcase><error message="b"/></testcase></testsuite>'}, "suite"),
         ({"fuzz": (1, "a case failed")}, "fuzz"),
+        ({"disagreements": [{"case": 3}]}, "fuzz"),
+        ({"cases": 0}, "fuzz"),
         ({"memcheck": (1, "ERROR SUMMARY: 1 error")}, "memcheck"),
     ],
-    ids=["crash", "failure", "no report", "skips alone", "error", "fuzz", "memcheck"],
+    ids=["crash", "failure", "no report", "skips alone", "error", "fuzz", "disagreement", "no case", "memcheck"],
 )
 def test_one_failure_fails_the_run(check, played, bad):
     code, rows, _ = check(Commands(**played))

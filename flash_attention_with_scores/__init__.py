@@ -3,6 +3,7 @@
 import importlib
 
 from stage1_pytorch_tiled.dense import naive_attention
+from stage4_backward.autograd import FlashAttentionPyTorchFunc, FlashAttentionTritonFunc
 
 from .api import attention, attention_with_scores, compute_attention_scores
 from .cumulative import FlashAttentionWithAccumulation, flash_attention_with_cumulative_scores
@@ -29,6 +30,8 @@ _LAZY = {  # what needs packages beside torch, and where it is; not in __all__, 
 __all__ = [
     "AttentionReduction",
     "AttentionStats",
+    "FlashAttentionPyTorchFunc",
+    "FlashAttentionTritonFunc",
     "FlashAttentionWithAccumulation",
     "attention",
     "attention_cross_token_qk_sum",

@@ -1,5 +1,6 @@
 """The exercises as shipped: skeletons in step with the reference, every task described, graded, and still to be done.
 
+What a learner has edited, committed or not, is left out and named: that is told by the digests of what was shipped.
 Test ids carry a stage's bare number, so that selecting the tests of a stage by name does not select these.
 """
 
@@ -7,6 +8,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from course import shipped
 from course.cli import app
 from course.tasks import ROOT, all_tasks, find_task, render_task
 
@@ -39,20 +42,33 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 ENVIRONMENT["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the notebooks' plugin alone takes seconds to load
 
 
-def exercises_are_edited():
-    """Whether a learner is at work: git sees exercises that differ from the last commit."""
-    command = ["git", "status", "--porcelain", "--", "*/exercise/*.py"]
-    try:
-        return bool(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip())
-    except (OSError, subprocess.CalledProcessError):
-        return False  # no git, or a copy without its history
+EDITED = shipped.edited()
+GRADE = "grade with --impl exercise"
 
 
-as_shipped = pytest.mark.skipif(
-    exercises_are_edited(), reason="the exercises have been edited: grade them with --impl exercise"
-)
+def unless_edited(*names):
+    """Skip where any of these files is not the one that was shipped."""
+    found = [name for name in names if name in EDITED]
+    return pytest.mark.skipif(bool(found), reason=f"edited, {GRADE}: {shipped.listed(found)}")
+
+
+def files_of(number):
+    """Return the names of a stage's exercise files: those that are here, and those that were removed."""
+    folder = STAGES[number].relative_to(ROOT).as_posix()
+    return sorted({name for name in (*shipped.exercise_files(), *EDITED) if name.startswith(f"{folder}/")})
+
+
 each_stage = pytest.mark.parametrize("number", sorted(STAGES))
-each_skeleton = pytest.mark.parametrize("skeleton", SKELETONS.values(), ids=SKELETONS)
+each_stage_as_shipped = pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=unless_edited(*files_of(number)), id=number) for number in sorted(STAGES)]
+)
+each_skeleton = pytest.mark.parametrize(
+    "skeleton",
+    [
+        pytest.param(file, marks=unless_edited(file.relative_to(ROOT).as_posix()), id=name)
+        for name, file in SKELETONS.items()
+    ],
+)
 each_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
 
 
@@ -90,7 +106,57 @@ def placeholders(path):
             yield match["id"], max((name for name, (a, b) in spans.items() if a <= number <= b), key=spans.get)
 
 
-@as_shipped
+def test_exercises_are_those_that_were_shipped():
+    if EDITED and not os.environ.get("CI"):
+        pytest.skip(f"edited, {GRADE}: {shipped.listed(EDITED)}")
+    assert not EDITED, f"out of step with course/shipped.json; if they shall be shipped so, run {shipped.COMMAND}"
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Copy the exercises, with digests of these copies, to where they may be written; return them by name."""
+    for name, file in shipped.exercise_files().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / name)
+    monkeypatch.setattr(shipped, "ROOT", tmp_path)
+    (tmp_path / shipped.DIGESTS).parent.mkdir()
+    (tmp_path / shipped.DIGESTS).write_text(json.dumps(shipped.digests()))
+    return shipped.exercise_files()
+
+
+def test_edits_are_told_without_git(copied):
+    (changed, first), (removed, second), (_, third), *_ = copied.items()
+    assert shipped.edited() == []
+    first.write_bytes(first.read_bytes().replace(b"\n", b"\r\n"))
+    assert shipped.edited() == [], "a checkout on Windows is no edit"
+    first.write_text(first.read_text() + "# a note\n")
+    second.unlink()
+    added = third.with_name("helpers.py")
+    added.touch()
+    assert shipped.edited() == sorted([changed, removed, added.relative_to(shipped.ROOT).as_posix()])
+
+
+def test_digests_are_checked_and_renewed(copied, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "solved", list)
+    shipped.main(["--check"])
+    file = next(iter(copied.values()))
+    file.write_text(file.read_text() + "# a new skeleton\n")
+    with pytest.raises(SystemExit, match=rf"{file.name}.*\n.*{shipped.COMMAND}"):
+        shipped.main(["--check"])
+    shipped.main([])
+    shipped.main(["--check"])
+    assert capsys.readouterr().out.endswith("every exercise is as shipped\n")
+
+
+def test_solutions_are_not_recorded_as_shipped(copied):
+    task = TASKS[0]
+    copied[task.path].write_text(copied[task.path].read_text().replace(f"Task {task.id}: ", "Done: "))
+    before = (shipped.ROOT / shipped.DIGESTS).read_text()
+    with pytest.raises(SystemExit, match=f" {task.id}"):
+        shipped.main([])
+    assert (shipped.ROOT / shipped.DIGESTS).read_text() == before
+
+
 @each_skeleton
 def test_skeleton_is_the_reference_minus_lines(skeleton):
     assert reference_of(skeleton).exists(), f"no reference file is named {skeleton.name}"
@@ -103,7 +169,6 @@ def test_skeleton_is_the_reference_minus_lines(skeleton):
         assert line in remaining, f"{skeleton.name}:{number} is not in the reference, or not in this order"
 
 
-@as_shipped
 @each_skeleton
 def test_skeleton_has_the_interface_of_the_reference(skeleton):
     actual, expected = (definitions(path) for path in (skeleton, reference_of(skeleton)))
@@ -112,7 +177,6 @@ def test_skeleton_has_the_interface_of_the_reference(skeleton):
         assert interface(actual[name]) == interface(expected[name]), name or "the module's docstring"
 
 
-@as_shipped
 @each_skeleton
 def test_skeleton_imports_no_solution(skeleton):
     package = skeleton.parent.parent.name
@@ -144,12 +208,12 @@ def test_only_given_modules_are_found_in_the_stage(number):
     if not init.exists() or not SEARCHES_STAGE & {*init.read_text().splitlines()}:
         assert number not in FOUND_IN_STAGE
         return
-    found = {file.stem for file in folder.parent.glob("*.py")} - {file.stem for file in folder.glob("*.py")}
+    own = {file.stem for file in folder.glob("*.py")} - FOUND_IN_STAGE[number]  # a learner may write a given module too
+    found = {file.stem for file in folder.parent.glob("*.py")} - own
     assert found == FOUND_IN_STAGE[number], "the reference would be graded in the place of a missing exercise file"
 
 
-@as_shipped
-@each_stage
+@each_stage_as_shipped
 def test_every_task_is_a_placeholder_and_every_placeholder_a_task(number):
     folder = STAGES[number]
     placed = {(id, file.name, name) for file in folder.glob("*.py") for id, name in placeholders(file)}
@@ -246,8 +310,7 @@ def test_every_task_is_graded_and_every_test_grades_a_task(tmp_path):
         assert graded == set(selected[stage]), f"{stage}: tests that grade no task, or tasks that reach beyond it"
 
 
-@as_shipped
-@each_stage
+@each_stage_as_shipped
 def test_every_test_fails_as_shipped_with_its_task(number, tmp_path):
     report = tmp_path / "report.xml"
     files = sorted(str(file) for file in (ROOT / "tests").glob(f"test_stage{number}_*.py"))

@@ -1,6 +1,9 @@
 """The public functions: both backends give the oracle's answer, and bad input is refused before anything runs."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +16,61 @@ from flash_attention_with_scores import attention_with_scores, compute_attention
 from flash_attention_with_scores.problem import needs_operator
 
 CACHE = Case(2, 4, 2, 40, 130, 24, True)
+ROOT = Path(__file__).parent.parent
 BACKENDS = ["pytorch", "triton", None]
+
+
+PROMISED = [
+    "attention",
+    "attention_with_scores",
+    "compute_attention_scores",
+    "attention_with_row_sum",
+    "attention_with_col_sum",
+    "attention_with_col_sum_sequential",
+    "attention_with_softmax_col_sum",
+    "attention_cross_token_qk_sum",
+    "attention_cross_token_softmax_sum",
+    "attention_cross_token_softmax_sum_buffered",
+    "flash_attention_with_cumulative_scores",
+    "FlashAttentionWithAccumulation",
+    "replace_attention_with_flash",
+    "get_all_cumulative_scores",
+    "reset_cumulative_scores",
+    "FlashAttentionPyTorchFunc",
+    "FlashAttentionTritonFunc",
+    "naive_attention",
+]
+NEEDS_TRANSFORMERS = {"replace_attention_with_flash", "get_all_cumulative_scores", "reset_cumulative_scores"}
+IMPORT_ALONE = """
+import sys
+for name in ("triton", "transformers", "matplotlib"):
+    sys.modules[name] = None  # importing it raises ImportError
+from flash_attention_with_scores import *
+assert set(sys.argv[1:]) <= set(globals()), set(sys.argv[1:]) - set(globals())
+q = __import__("torch").randn(1, 2, 5, 8)
+assert FlashAttentionPyTorchFunc.apply(q, q, q, True).shape == q.shape
+"""
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_promised_names_are_importable_and_documented(name):
+    if name in NEEDS_TRANSFORMERS:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    promised = getattr(library, name)
+    assert callable(promised)
+    assert inspect.getdoc(promised)
+    assert name in dir(library)
 
 
 def test_every_public_name_exists_and_is_documented():
     for name in library.__all__:
         assert inspect.getdoc(getattr(library, name)), f"{name} has no docstring"
+
+
+def test_star_import_needs_torch_alone():
+    expected = [name for name in PROMISED if name not in NEEDS_TRANSFORMERS]
+    run = subprocess.run([sys.executable, "-c", IMPORT_ALONE, *expected], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

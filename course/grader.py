@@ -16,7 +16,12 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    actual: Tensor, oracle: Tensor, naive: Tensor, eps_factor: float = 8.0, of_logits: float = 0.0
+    actual: Tensor,
+    oracle: Tensor,
+    naive: Tensor,
+    eps_factor: float = 8.0,
+    of_logits: float = 0.0,
+    at_least: float = 0.0,
 ) -> Comparison:
     """Compare a result with the float64 oracle.
 
@@ -27,6 +32,8 @@ def compare(
         eps_factor: how many units of rounding of actual's dtype, at the oracle's largest magnitude, are allowed on top.
         of_logits: rounding of the logits behind the result, which may be larger than they are where q·k cancels; a
             result follows in proportion to itself (as weights and what they weigh do), or to 1 (as the lse does).
+        at_least: a magnitude that rounding is measured by where the oracle's is smaller: 1 for a logarithm, which is off
+            by as much as its argument is off relative to itself, however near to 0 it lies.
 
     Returns:
         Comparison; `ok` is False for a wrong shape, and for NaN or ±inf where the oracle has another value.
@@ -35,7 +42,7 @@ def compare(
         return Comparison(math.inf, 0.0, False)
     oracle = oracle.detach().double().cpu()
     largest = oracle[torch.isfinite(oracle)].abs().max().item() if torch.isfinite(oracle).any() else 0.0
-    rounding = eps_factor * torch.finfo(actual.dtype).eps * largest + of_logits * max(largest, 1.0)
+    rounding = eps_factor * torch.finfo(actual.dtype).eps * max(largest, at_least) + of_logits * max(largest, 1.0)
     naive_error = max_error(naive, oracle)
     allowed = (2 * naive_error if math.isfinite(naive_error) else 0.0) + rounding
     error = max_error(actual, oracle)

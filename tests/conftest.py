@@ -10,7 +10,9 @@ import pytest
 if sys.dont_write_bytecode:  # dozens of processes start here: let them compile torch once, and leave its folders alone
     del os.environ["PYTHONDONTWRITEBYTECODE"]
     sys.dont_write_bytecode = False
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache/bytecode")
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(
+        Path(__file__).parent.parent / ".pytest_cache/bytecode"
+    )
 
 import torch
 from hypothesis import Phase, settings

@@ -50,8 +50,15 @@ def compiled(arch, only):
     return reports
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        (80, "fp16"),
+        (90, "bf16"),
+        *[pytest.param(*case, marks=pytest.mark.thorough) for case in ((80, "bf16"), (90, "fp16"))],
+        *[pytest.param(arch, "fp32", marks=pytest.mark.thorough) for arch in (80, 90)],
+    ],
+)
 def test_every_kernel_compiles_and_half_precision_does_not_spill(arch, dtype):
     shape = f"{dtype}-d{64 if dtype == 'fp32' else 128}-causal"  # compiling fp32 takes twice as long
     reports = compiled(arch, shape)

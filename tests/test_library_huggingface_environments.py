@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 LLAMA = next(iter(CONFIGS))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("environment", "tests"),
     [

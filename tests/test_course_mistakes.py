@@ -23,3 +23,14 @@ def test_every_mistake_is_caught(package):
     assert [result["name"] for result in results] == names
     not_caught = [result for result in results if result["outcome"] != "caught"]
     assert not not_caught, "\n".join(f"{r['name']} {r['outcome']}:\n{r['said'][-2000:]}" for r in not_caught)
+
+
+@pytest.mark.parametrize(("numpy", "runs"), [("2.3.5", True), ("2.4.0", False), ("2.5.2", False)])
+def test_a_numpy_that_is_too_new_for_the_interpreter_is_named(numpy, runs, monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: numpy)
+    reason = why_not_interpreted()
+    assert reason is None if runs else numpy in reason
+    if not runs:
+        with pytest.raises(pytest.skip.Exception, match="needs numpy below"):
+            test_every_mistake_is_caught("stage2_triton_forward")

@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
 def run_cases(run: Run, n_cases: int, seconds: float, n_processes: int, record: Record, say, console) -> int:
     """Run cases, print what disagrees as it comes, then a table; keep both in the record; return the exit code."""
-    start = time.monotonic()
+    start, cpu_before = time.monotonic(), _cpu_seconds()
     say(f"seed {run.seed}: {n_cases or 'endless'} cases on {run.device}")
     found = []
     try:
@@ -69,12 +69,12 @@ def run_cases(run: Run, n_cases: int, seconds: float, n_processes: int, record: 
     except KeyboardInterrupt:
         say("interrupted")
     record.rows = table(found)
-    wall = time.monotonic() - start
-    record.extra |= {"seconds": wall, "processes": n_processes, "cases": len(found)}
+    wall, cpu = time.monotonic() - start, _cpu_seconds() - cpu_before
+    record.extra |= {"seconds": wall, "cpu_seconds": cpu, "processes": n_processes, "cases": len(found)}
     record.write()
     show(record.rows, COLUMNS, console)
     wrong = sum(bool(x.faults) for x in found)
-    say(f"seed {run.seed}: {len(found)} cases in {wall:.1f} s, {len(found) / wall:.0f} a second; {wrong} disagree")
+    say(f"seed {run.seed}: {len(found)} cases in {wall:.1f} s, {cpu:.0f} s of CPU; {wrong} disagree")
     say(f"written: {record.path('.json')}")
     return 1 if wrong else 0
 
@@ -149,6 +149,11 @@ def _take_ready(pending: list) -> list[Verdict]:
     done = [x for x in pending if x.ready()]
     pending[:] = [x for x in pending if x not in done]
     return [verdict for x in done for verdict in x.get()]
+
+
+def _cpu_seconds() -> float:
+    """Return what this process and those that it started and outlived have used, whatever else ran beside them."""
+    return sum(os.times()[:4])
 
 
 def _prepare() -> None:

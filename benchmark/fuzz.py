@@ -1,7 +1,8 @@
 """Random calls of every public operator, on both backends and in all memory layouts, held against the formulas.
 
 A run is a seed and a range of case numbers; what is drawn is said in `fuzz_case.py`, what is compared and how closely
-in `fuzz_check.py` and `fuzz_tolerance.py`. Any case can be run again alone.
+in `fuzz_check.py` and `fuzz_tolerance.py`. Any case can be run again alone. On a GPU kernels are compiled, which takes
+a second and more where their constants are new: give `--seconds` there.
 """
 
 import multiprocessing
@@ -41,7 +42,7 @@ class Run(NamedTuple):
     def numbers(self) -> Iterator[int]:
         """Yield the numbers of the cases that are asked for, without end."""
         for number in count():
-            if self.operator in self.draw(number).operator:
+            if not self.operator or self.operator in self.draw(number).operator:
                 yield number
 
     def command(self, number: int) -> str:
@@ -103,7 +104,7 @@ def verdicts(run: Run, n_cases: int, limit: TimeLimit, n_processes: int = 1) -> 
                 yield check_numbers(run, (number,))[0]
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(n_processes, _prepare) as pool:
+    with context.Pool(n_processes, torch.set_num_threads, (1,)) as pool:
         pending = []
         for batch in batches:
             pending.append(pool.apply_async(check_numbers, (run, batch)))
@@ -154,11 +155,6 @@ def _take_ready(pending: list) -> list[Verdict]:
 def _cpu_seconds() -> float:
     """Return what this process and those that it started and outlived have used, whatever else ran beside them."""
     return sum(os.times()[:4])
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    os.nice(5)
 
 
 class _nan_in_new_memory(nullcontext):

@@ -366,8 +366,13 @@ def fuzz(
     """Call all operators at random, in all memory layouts, and hold them against the formulas; needs no GPU."""
     parse_choice("--backend", backend, ("", "pytorch", "triton"))
     parse_choice("--device", device, ("cuda", "cpu"))
-    if use_interpreter_without_gpu() != "compiled":
-        device = "cpu"
+    mode = use_interpreter_without_gpu()
+    if mode == "missing":
+        if backend == "triton":
+            print("benchmark: --backend triton needs the triton package, which has wheels for Linux only")
+            raise typer.Exit(2)
+        triton_share = 0.0
+    device = device if mode == "compiled" else "cpu"
     from benchmark.fuzz import Run, report_case, run_cases
     from benchmark.record import Record
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from random import Random
 
 import pytest
 import torch
@@ -91,9 +92,6 @@ def test_a_case_depends_on_its_seed_and_number_alone():
     for number in range(20):
         cases = [draw_case(3, number) for _ in range(2)]
         assert cases[0] == cases[1]
-        assert draw_case(3, number, triton_share=0)._replace(device="") == cases[0]._replace(device="") or (
-            cases[0].backend == "triton"
-        )
         first, second = (make_tensors(case) for case in cases)
         assert all(torch.equal(memory(first[name]).cpu(), memory(second[name]).cpu()) for name in first)
     results = {"output": torch.zeros(2, 3, 4)}
@@ -104,8 +102,6 @@ def test_a_case_depends_on_its_seed_and_number_alone():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layouts_keep_shape_and_values(kind):
-    from random import Random
-
     for seed in range(20):
         x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
         placed = lay_out(x, Random(seed), kind)

@@ -104,7 +104,7 @@ def verdicts(run: Run, n_cases: int, limit: TimeLimit, n_processes: int = 1) -> 
                 yield check_numbers(run, (number,))[0]
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(n_processes, torch.set_num_threads, (1,)) as pool:
+    with context.Pool(n_processes, _one_thread) as pool:
         pending = []
         for batch in batches:
             pending.append(pool.apply_async(check_numbers, (run, batch)))
@@ -150,6 +150,10 @@ def _take_ready(pending: list) -> list[Verdict]:
     done = [x for x in pending if x.ready()]
     pending[:] = [x for x in pending if x not in done]
     return [verdict for x in done for verdict in x.get()]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _cpu_seconds() -> float:

@@ -53,7 +53,7 @@ def draw_case(seed: int, number: int, device: str = "cpu", triton_share: float |
     """
     rng = Random(f"{seed}/{number}")
     operator = rng.choice(list(OPERATORS))
-    share = (0.5 if device == "cuda" else 0.035) if triton_share is None else triton_share
+    share = (0.5 if device == "cuda" else 0.03) if triton_share is None else triton_share
     backend = "triton" if rng.random() < share else "pytorch"
     if operator.endswith("Func"):
         operator = f"FlashAttention{'Triton' if backend == 'triton' else 'PyTorch'}Func"

@@ -350,6 +350,40 @@ def bytes_moved(
     finish(record, rows, ["operator", "stage", "read", "written", "least", "ratio", "right", "status"])
 
 
+@app.command()
+def fuzz(
+    cases: Annotated[int, typer.Option(min=0, help="How many; 0 for no end.")] = 5000,
+    seed: Annotated[int | None, typer.Option(help="Of the run; default: a new one.")] = None,
+    case: Annotated[int | None, typer.Option(min=0, help="Run this one alone, and say all about it.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Begin nothing new after so many; 0 for no limit.")] = 0,
+    backend: Annotated[str, typer.Option(help="pytorch or triton; default: both.")] = "",
+    operator: Annotated[str, typer.Option(help="Operators whose name contains this.")] = "",
+    triton_share: Annotated[float | None, typer.Option(min=0, max=1, help="Of the cases; few by default.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That share the work.")] = 2,
+    device: Device = "cuda",
+    out: Out = None,
+) -> None:
+    """Call all operators at random, in all memory layouts, and hold them against the formulas; needs no GPU."""
+    parse_choice("--backend", backend, ("", "pytorch", "triton"))
+    parse_choice("--device", device, ("cuda", "cpu"))
+    mode = use_interpreter_without_gpu()
+    if mode == "missing":
+        if backend == "triton":
+            print("benchmark: --backend triton needs the triton package, which has wheels for Linux only")
+            raise typer.Exit(2)
+        triton_share = 0.0
+    device = device if mode == "compiled" else "cpu"
+    from benchmark.fuzz import Run, report_case, run_cases
+    from benchmark.record import Record
+
+    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
+    run = Run(seed, device, operator, backend, triton_share)
+    if case is not None:
+        raise typer.Exit(report_case(run, case, say))
+    record = Record(place(out, device) / "fuzz", extra={"seed": seed, "run": run._asdict(), "disagreements": []})
+    raise typer.Exit(run_cases(run, cases, seconds, processes, record, say, console))
+
+
 def parse_ints(option: str, text: str) -> tuple[int, ...]:
     """Return the numbers of a list such as "1024,2048"; () for nothing."""
     try:

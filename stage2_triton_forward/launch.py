@@ -149,8 +149,8 @@ def forward(
             descriptor(v, config.block_n),
             out_desc,
             lse,
-            lse if sinks is None else sinks,
-            lse if descale is None else descale,
+            readable(sinks, lse),
+            readable(descale, lse),
             out_desc if hook_tensor is None else descriptor(hook_tensor, config.block_m, config.block_n),
             mask,
             to_logits,
@@ -184,9 +184,22 @@ def key_mask(
         n_k,
         left or 0,
         right or 0,
-        key_padding_mask.to(torch.uint8).contiguous() if padded else placeholder,
+        readable(key_padding_mask, placeholder, torch.uint8),
         *map(constant, (left is not None, right is not None, padded)),
     )
+
+
+def readable(x: Tensor | None, placeholder: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return what a kernel reads through a bare pointer, which knows nothing of strides: x, contiguous.
+
+    Args:
+        x: any strides; None where the kernel reads nothing.
+        placeholder: any tensor, for a pointer that is never read.
+        dtype: what x is converted to; None leaves it.
+    """
+    if x is None:
+        return placeholder
+    return (x if dtype is None else x.to(dtype)).contiguous()
 
 
 def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> tuple[int | None, int | None]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import window_sides
 
-from .launch import device_of, forward, output_dtype, padded_head_dim
+from .launch import device_of, forward, output_dtype, padded_head_dim, readable
 from .merge_kernel import merge_kernel
 from .tile_config import merge_warps, split_count
 
@@ -102,7 +102,7 @@ def merge_splits(
         merge_kernel[(lse.numel(),)](
             parts,
             part_lse,
-            lse if sinks is None else sinks,
+            readable(sinks, lse),
             output,
             lse,
             lse.numel(),

@@ -12,6 +12,7 @@ from stage2_triton_forward.launch import (
     descriptor,
     device_of,
     key_mask,
+    readable,
 )
 
 from .column_sum_kernel import Region, column_sum_kernel
@@ -85,8 +86,8 @@ def fold_columns(
         column_sum_kernel[(batch * n_heads // heads, n_tiles)](
             descriptor(q, config.block_m),
             descriptor(k, config.block_n),
-            lse,
-            lse if stored is None else stored,
+            readable(lse, out),
+            readable(stored, out),
             parts,
             mask,
             describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from stage2_triton_forward.hook import constant, make_hook
-from stage2_triton_forward.launch import describable, describe_logits, forward
+from stage2_triton_forward.launch import describable, describe_logits, forward, readable
 from stage2_triton_forward.split_kv import attention_forward
 
 from . import hooks
@@ -206,7 +206,9 @@ def fold_rows(
 ) -> Tensor:
     """Fold each query's logits and weights in a second walk along its keys, [B, Hq, M] fp32; see `fold_columns`."""
     result = q.new_full(q.shape[:3], start, dtype=torch.float32)
-    args = RowFold(lse, result, float(start), q.shape[2], describe_logits(1.0, softcap, "ieee"), constant(fold))
+    args = RowFold(
+        readable(lse, result), result, float(start), q.shape[2], describe_logits(1.0, softcap, "ieee"), constant(fold)
+    )
     hook = make_hook(args, start=hooks.start_fold, on_logits=hooks.fold_row, finish=hooks.store_fold)
     forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **options)
     return result

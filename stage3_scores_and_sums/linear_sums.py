@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stage1_pytorch_tiled.tiled_forward import Window
 from stage2_triton_forward.hook import constant
-from stage2_triton_forward.launch import default_scale, descriptor, device_of, mask_sides, padded_head_dim
+from stage2_triton_forward.launch import default_scale, descriptor, device_of, mask_sides, padded_head_dim, readable
 
 from .linear_sum_kernel import Ends, Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
 from .tile_config import LinearSumConfig, linear_sum_config
@@ -95,7 +95,7 @@ def summed_chunks(
     n_sums = min(x.shape[1], y.shape[1])
     config = linear_sum_config(y)
     padded = key_padding_mask is not None
-    padding = key_padding_mask.to(torch.uint8).contiguous() if padded else y
+    padding = readable(key_padding_mask, y, torch.uint8)
     block_d = padded_head_dim(y.shape[3])
     constants = (padded and x_is_keys, padded and not x_is_keys, config.chunk, block_d, config.fp32_precision)
     n_keys = (x if x_is_keys else y).shape[2]

@@ -17,6 +17,7 @@ from stage2_triton_forward.launch import (
     forward,
     key_mask,
     padded_head_dim,
+    readable,
 )
 from stage3_scores_and_sums.column_sum_kernel import Region
 
@@ -65,6 +66,7 @@ def backward(
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     if q.numel() == 0 or k.numel() == 0:
         return *(x.zero_() for x in results), None if sinks is None else torch.zeros_like(sinks)
+    lse = readable(lse, lse)
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
     configs = backward_configs(q, v.shape[3])
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
@@ -133,7 +135,7 @@ def _delta(output: Tensor, grad_output: Tensor, extra: Tensor | None, block_m: i
         delta_kernel[(triton.cdiv(n_q, block_m), batch * n_heads)](
             descriptor(output, block_m),
             descriptor(grad_output, block_m),
-            delta if extra is None else extra.contiguous(),
+            readable(extra, delta),
             delta,
             n_q,
             N_HEADS=n_heads,
@@ -148,8 +150,8 @@ def _score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads
     """Describe the gradients of scores and of softmax column sums for the kernels."""
     columns, q_stop = grads.softmax_col_sum, q.shape[2] if grads.q_stop is None else grads.q_stop
     has_columns, has_scores = columns is not None, grads.scores is not None
-    columns = columns.float().contiguous() if has_columns else placeholder
-    scores = grads.scores.contiguous() if has_scores else placeholder
+    columns = readable(columns, placeholder, torch.float32)
+    scores = readable(grads.scores, placeholder)
     constants = (q.shape[1] // columns.shape[1], has_scores, has_columns)
     return ScoreGrads(scores, columns, grads.q_begin, q_stop, columns.shape[2], *map(constant, constants))
 

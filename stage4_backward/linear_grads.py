@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
-from stage2_triton_forward.launch import default_scale, device_of, mask_sides
+from stage2_triton_forward.launch import default_scale, device_of, mask_sides, readable
 from stage3_scores_and_sums.linear_sums import key_ends, query_ends, summed_chunks
 
 from .linear_grad_kernel import interval_vector_kernel
@@ -30,7 +30,7 @@ def linear_row_sum_grads(
     """
     n_q, n_k = q.shape[2], k.shape[2]
     sides = mask_sides(n_q, n_k, causal, window)
-    scale, grad = default_scale(q, sm_scale), grad.float().contiguous()
+    scale, grad = default_scale(q, sm_scale), grad.float()
     of_keys = {"key_padding_mask": key_padding_mask, "scale": scale}
     grad_q = _interval_vectors(q, k, key_ends(sides, n_k - n_q), (0, n_k), False, factor=grad, **of_keys)
     weighted = q.float() * grad[..., None]
@@ -76,7 +76,7 @@ def _interval_vectors(x, y, ends, counted, x_is_keys, *, key_padding_mask, scale
     with device_of(x):
         interval_vector_kernel[(triton.cdiv(x.shape[2], chunks.config.chunk), x.shape[0] * chunks.n_sums)](
             chunks.y_desc,
-            out if factor is None else factor,
+            readable(factor, out),
             out,
             chunks.rows,
             chunks.ends,

@@ -188,3 +188,25 @@ def test_bad_input_is_refused_by_name(name):
     error, message, arguments = BAD[name]
     with pytest.raises(error, match=message):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "triton"])
+@pytest.mark.parametrize("n_q", [1, 5], ids=["merged", "in the loop"])
+@pytest.mark.parametrize("layout", ["strided", "expanded", "sliced"])
+def test_sinks_and_padding_may_have_any_strides(device, backend, n_q, layout):
+    q, k, v = make_qkv(Case(2, 4, 2, n_q, 9, 16, False), device=device)
+    make = {
+        "strided": lambda *shape: torch.randn(*shape[:-1], 2 * shape[-1], device=device)[..., ::2],
+        "expanded": lambda *shape: torch.randn(*shape[:-1], 1, device=device).expand(shape),
+        "sliced": lambda *shape: torch.randn(*shape[:-1], shape[-1] + 3, device=device)[..., 2:-1],
+    }[layout]
+    sinks, padding = make(4), make(2, 9) > -0.5
+    padding = padding if layout == "sliced" else torch.as_strided(padding.clone(), (2, 9), (1, 0))
+    results = [
+        attention(
+            q, k, v, sinks=x, key_padding_mask=real, return_lse=True, return_total_attention=True, backend=backend
+        )
+        for x, real in ((sinks, padding), (sinks.clone(), padding.contiguous()))
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)

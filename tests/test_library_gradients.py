@@ -421,6 +421,39 @@ def test_stats_have_no_gradient_and_their_output_has(device, backend):
     check(gradients([stats.output, stats.lse], inputs, grads), ["output", "lse"], inputs, grads, causal=True)
 
 
+@each_backend
+@pytest.mark.parametrize("layout", ["expanded", "strided", "transposed"])
+@pytest.mark.parametrize("name", ["lse", "scores", "row_sum", "col_sum", "softmax_col_sum"])
+def test_incoming_gradients_may_have_any_strides(device, backend, name, layout):
+    several_heads = Case(2, 4, 2, 9, 13, 16, True)  # so that a transposed [B, H, N] is not contiguous
+    inputs, options = draw(several_heads, device, options={"causal": True, "backend": backend})
+    result = FUNCTIONS[name](*inputs.values(), **options)
+    grad = {
+        "expanded": lambda: torch.randn(result.shape[-1], device=device).expand(result.shape),
+        "strided": lambda: torch.randn(*result.shape[:-1], 2 * result.shape[-1], device=device)[..., ::2],
+        "transposed": lambda: torch.randn(*reversed(result.shape), device=device).permute(
+            *reversed(range(result.ndim))
+        ),
+    }[layout]()
+    expected = gradients(
+        [FUNCTIONS[name](*inputs.values(), **options)], inputs, [grad.clone(memory_format=torch.contiguous_format)]
+    )
+    for key, actual in gradients([result], inputs, [grad]).items():
+        assert torch.equal(actual, expected[key]), f"gradient of {key} depends on the layout of what comes in"
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_scores_of_keys_that_nobody_sees_have_gradients_of_zero(name):
+    inputs, _ = draw(SMALL)
+    inputs = {key: x.detach().requires_grad_(key == name) for key, x in inputs.items()}
+    padding = torch.zeros(1, 13, dtype=torch.bool)
+    for options in ({"window": (None, 0), "key_padding_mask": padding}, {"causal": True, "window": (0, 0)}):
+        keys = inputs["k"][:, :, :0] if "causal" in options else inputs["k"]
+        scores = library.compute_attention_scores(inputs["q"], keys, backend="pytorch", **options)
+        (grad,) = torch.autograd.grad([scores], [inputs[name]], [torch.ones_like(scores)])
+        assert not grad.any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["output", "softmax_col_sum", "row_sum", "col_sum"])
 def test_memory_is_linear(name):

@@ -32,8 +32,8 @@ def compare(
         eps_factor: how many units of rounding of actual's dtype, at the oracle's largest magnitude, are allowed on top.
         of_logits: rounding of the logits behind the result, which may be larger than they are where q·k cancels; a
             result follows in proportion to itself (as weights and what they weigh do), or to 1 (as the lse does).
-        at_least: a magnitude that rounding is measured by where the oracle's is smaller: 1 for a logarithm, which is off
-            by as much as its argument is off relative to itself, however near to 0 it lies.
+        at_least: a magnitude that rounding is measured by where the oracle's is smaller: 1 for a logarithm, which is
+            off by as much as its argument is off relative to itself, however near to 0 it lies.
 
     Returns:
         Comparison; `ok` is False for a wrong shape, and for NaN or ±inf where the oracle has another value.

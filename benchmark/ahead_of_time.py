@@ -69,6 +69,9 @@ GRADIENTS = {  # stage 4
     "backward_window": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, window=(100, None)),
     "backward_scores": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), c),
     "backward_columns": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), c),
+    "backward_columns_of_one_query": lambda q, k, c: backward(
+        q[:, :, :1], k, k, q[:, :, :1], ROWS[:, :, :1], Gradients(softmax_col_sum=COLUMNS), c
+    ),
     "row_sum_grads": lambda q, k, c: linear_row_sum_grads(q, k, ROWS, c),
     "col_sum_grads": lambda q, k, c: linear_col_sum_grads(q, k, COLUMNS, c),
 }

@@ -35,6 +35,7 @@ from stage2_triton_forward.interpreter import why_not_interpreted
 COLUMNS = ["check", "outcome", "passed", "failed", "skipped", "seconds", "note"]
 CHECKS = ("suite", "fuzz", "memcheck")
 PYTEST = ["-m", "pytest", "-o", "addopts=", "--strict-markers", "-p", "no:cacheprovider", "-q", "--tb=short"]
+PYTEST += ["-m", "not thorough"]
 TESTS_FAILED, NOTHING_COLLECTED = 1, 5  # exit codes of pytest that are no accident
 NOT_RUN = "not run"
 
@@ -116,6 +117,7 @@ def fuzz(options: Options, run: Run) -> dict:
     log, result = options.out / "fuzz.log", options.out / "fuzz.json"
     result.unlink(missing_ok=True)
     arguments = ["--device", "cuda", "--cases", "0", "--seconds", f"{options.seconds:g}", "--out", str(options.out)]
+    arguments += ["--processes", str(options.workers)]
     code = run([sys.executable, "-m", "benchmark.run", "fuzz", *arguments], log)
     if code and "No such command" in log.read_text(errors="replace"):
         return {"outcome": "missing", "note": "benchmark.run has no command `fuzz`"}
@@ -160,8 +162,7 @@ def not_run(reasons: dict[str, int]) -> list[str]:
     lines = ["notebooks: `uv run pytest` runs them", "exercises: `uv run pytest --impl exercise` grades them"]
     if reason := why_not_interpreted():
         lines.append(f"the mutant gate, but for stage 1: {reason}")
-    if shutil.which("uv") is None:
-        lines.append("environments of other versions (transformers 4, kvpress): uv is not installed")
+    lines.append("packages of other versions (transformers 4, kvpress): `uv run pytest -m thorough` runs them")
     return lines + [f"{number} skipped in the suite: {reason}" for reason, number in sorted(reasons.items())]
 
 

@@ -26,7 +26,6 @@ class Logits(NamedTuple):
 
     scale: float
     softcap: float
-    SIGN: tl.constexpr  # of the scale: 1, -1 or 0
     HAS_SOFTCAP: tl.constexpr
     FP32_PRECISION: tl.constexpr  # of tl.dot
 
@@ -92,7 +91,7 @@ def forward_kernel(
         whole_begin = tl.maximum(whole_begin, split_begin)
         whole_stop = tl.maximum(tl.minimum(whole_stop, split_stop), whole_begin)
 
-    q_tile = with_sign(load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D), to_logits.SIGN)
+    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
     scale = to_logits.scale
     if HAS_DESCALE:
         scale = scale * tl.load(descale_ptr)
@@ -178,14 +177,6 @@ def attend_keys(
             acc = dot(weights.to(v_tile.dtype), v_tile, state.acc, to_logits.FP32_PRECISION)
             state = SoftmaxState(state.row_max, state.row_sum, acc)
     return state, carry
-
-
-@triton.jit
-def with_sign(tile, SIGN: tl.constexpr):
-    """Return the tile times the sign of the scale: the online softmax takes the max before it scales."""
-    if SIGN != 1:
-        tile = (tile.to(tl.float32) * SIGN).to(tile.dtype)
-    return tile
 
 
 @triton.jit

@@ -144,7 +144,7 @@ def forward(
     m_blocks = triton.cdiv(n_q, config.block_m)
     with device_of(q):
         forward_kernel[(m_blocks * batch * n_heads, n_splits)](
-            descriptor(q, config.block_m),
+            descriptor(signed(q, sm_scale), config.block_m),
             descriptor(k, config.block_n),
             descriptor(v, config.block_n),
             out_desc,
@@ -212,10 +212,19 @@ def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> tuple[int | 
 
 
 def describe_logits(sm_scale: float, softcap: float | None, fp32_precision: str) -> Logits:
-    """Describe how q·kᵀ becomes logits for the kernels."""
-    sign = (sm_scale > 0) - (sm_scale < 0)
+    """Describe how q·kᵀ becomes logits for the kernels, whose q has the sign of the scale; see `signed`."""
     cap = 1.0 if softcap is None else softcap
-    return Logits(abs(sm_scale) or 1.0, cap, *map(constant, (sign, softcap is not None, fp32_precision)))
+    return Logits(abs(sm_scale) or 1.0, cap, *map(constant, (softcap is not None, fp32_precision)))
+
+
+def signed(x: Tensor, sm_scale: float | None) -> Tensor:
+    """Return x times the sign of the scale (0 for a scale of 0): kernels take a row's max before they scale.
+
+    It is done here because Triton 3.6 computes wrong products, in loops without a mask, from a tile changed in between.
+    """
+    if sm_scale is None or sm_scale > 0:
+        return x
+    return (x.float() * (-1.0 if sm_scale < 0 else 0.0)).to(x.dtype)
 
 
 def describe_tiles(q: Tensor, k: Tensor, head_dim_v: int, config: TileConfig) -> Tiles:

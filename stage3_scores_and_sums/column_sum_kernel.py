@@ -5,7 +5,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.forward_kernel import with_sign
 from stage2_triton_forward.tiles import dot, load_tile, real_keys, visible_tile
 
 from .hooks import final_weights, load_lse
@@ -49,7 +48,6 @@ def column_sum_kernel(
     k_start = tl.program_id(1) * BLOCK_N
     k_idx = k_start + tl.arange(0, BLOCK_N)
     k_tile = load_tile(k_desc, batch, first_head // tiles.GROUP, k_start, BLOCK_N, tiles.BLOCK_D)
-    k_tile = with_sign(k_tile, to_logits.SIGN)
     begin, whole_begin, whole_stop, stop = visible_queries(mask, region, k_start, tiles.BLOCK_M, BLOCK_N)
     acc = tl.full([BLOCK_N], start, tl.float32)
     if ADDITIVE:

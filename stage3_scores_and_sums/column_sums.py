@@ -13,6 +13,7 @@ from stage2_triton_forward.launch import (
     device_of,
     key_mask,
     readable,
+    signed,
 )
 
 from .column_sum_kernel import Region, column_sum_kernel
@@ -84,7 +85,7 @@ def fold_columns(
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=out)
     with device_of(q):
         column_sum_kernel[(batch * n_heads // heads, n_tiles)](
-            descriptor(q, config.block_m),
+            descriptor(signed(q, sm_scale), config.block_m),
             descriptor(k, config.block_n),
             readable(lse, out),
             readable(stored, out),

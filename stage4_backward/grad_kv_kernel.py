@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.forward_kernel import with_sign
 from stage2_triton_forward.tiles import dot, load_tile, store_tile, visible_tile
 from stage3_scores_and_sums.column_sum_kernel import visible_queries
 from stage3_scores_and_sums.hooks import final_weights, load_lse
@@ -83,7 +82,7 @@ def walk_queries(
         q_idx = q_start + tl.arange(0, BLOCK_M)
         batch_head = batch * N_HEADS + head
         row = batch_head.to(tl.int64) * mask.n_q
-        q_tile = with_sign(load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D), to_logits.SIGN)
+        q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
         lse_log2 = load_lse(lse_ptr + row, q_idx, mask.n_q)
         logits = dot(k_tile, q_tile.T, None, to_logits.FP32_PRECISION)  # Sᵀ, [BLOCK_N, BLOCK_M]
         grad_out = load_tile(grad_out_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_DV)

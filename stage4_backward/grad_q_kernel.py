@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.forward_kernel import with_sign
 from stage2_triton_forward.tiles import dot, load_tile, store_tile, visible_keys, visible_tile
 from stage3_scores_and_sums.hooks import final_weights, load_lse
 
@@ -37,7 +36,7 @@ def grad_q_kernel(
     head = batch_head % N_HEADS
     q_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     q_idx = q_start + tl.arange(0, BLOCK_M)
-    q_tile = with_sign(load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D), to_logits.SIGN)
+    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
     grad_out = load_tile(grad_out_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_DV)
     row = batch_head.to(tl.int64) * mask.n_q
     lse_log2 = load_lse(lse_ptr + row, q_idx, mask.n_q)
@@ -58,9 +57,7 @@ def grad_q_kernel(
             acc, whole_stop, stop, True, q_tile, k_desc, v_desc, grad_out, lse_log2, delta,
             mask, to_logits, dropout, tiles, score_grads, batch, head, batch_head, q_idx,
         )  # fmt: skip
-    store_tile(
-        grad_q_desc, acc * (to_logits.scale * to_logits.SIGN), batch, head, q_start, BLOCK_M, tiles.BLOCK_D
-    )  # dQ = s·dS·K
+    store_tile(grad_q_desc, acc * to_logits.scale, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)  # dQ = s·dS·K
 
 
 @triton.jit

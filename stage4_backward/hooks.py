@@ -18,6 +18,7 @@ class ColumnGrads(NamedTuple):
     n_q: int
     capping: tuple  # `Logits` of scale 1: the loop has scaled the logits, and not capped them
     score_grads: tuple
+    LAST: tl.constexpr  # Triton 3.6 loses track of what tuples within tuples hold, unless a constexpr follows them
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from stage2_triton_forward.launch import (
     key_mask,
     padded_head_dim,
     readable,
+    signed,
 )
 from stage3_scores_and_sums.column_sum_kernel import Region
 
@@ -79,6 +80,7 @@ def backward(
         through_columns = _column_grads(q, k, lse, score_grads, causal, sm_scale, **masks)
         extra = through_columns if extra is None else extra + through_columns
     delta = _delta(output, grad_output, extra, configs.grad_q.block_m)
+    q = signed(q, sm_scale)
     aligned = [describable(x, copy=False) for x in results]
     with device_of(q):
         config = configs.grad_q
@@ -121,6 +123,7 @@ def backward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+    aligned[0] = signed(aligned[0], sm_scale)  # dQ is a sum of keys, which do not have the scale's sign
     for grad, filled in zip(results, aligned, strict=True):
         if filled is not grad:
             grad.copy_(filled)
@@ -159,7 +162,7 @@ def _score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads
 def _column_grads(q, k, lse, score_grads, causal, sm_scale, *, softcap, **masks) -> Tensor:
     """Return Σ_j P_ij·g_j, [B, Hq, M], for the gradient g of column sums: one more walk along the keys."""
     result = torch.zeros_like(lse)
-    args = ColumnGrads(lse, result, q.shape[2], describe_logits(1.0, softcap, "ieee"), score_grads)
+    args = ColumnGrads(lse, result, q.shape[2], describe_logits(1.0, softcap, "ieee"), score_grads, constant(None))
     functions = (hooks.start_column_grads, hooks.add_column_grads, hooks.store_column_grads)
     hook = make_hook(args, **dict(zip(("start", "on_logits", "finish"), functions, strict=True)))
     forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **masks)

@@ -46,6 +46,12 @@ def test_scale(launch, device, kernel, sm_scale):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_negative_scale_in_whole_tiles(launch, device, kernel):
+    case = Case(1, 2, 1, 64, 256, 64, False)  # no key is masked, in several turns of the loop
+    check(getattr(launch, kernel), *make_qkv(case, torch.float16, device), False, -0.125)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("magnitude", [1e-4, 300.0])
 def test_magnitudes(launch, device, kernel, magnitude):
     check(getattr(launch, kernel), *make_qkv(SELF, device=device, scale=magnitude), True)

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from stage2_triton_forward.forward_kernel import with_sign
 from stage2_triton_forward.tiles import dot, load_tile, store_tile, visible_tile
 from stage3_scores_and_sums.column_sum_kernel import visible_queries
 from stage3_scores_and_sums.hooks import final_weights, load_lse

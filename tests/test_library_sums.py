@@ -228,6 +228,15 @@ def test_reused_buffers(device, backend, name):
     assert torch.equal(second[1], before), "a tensor that was returned must outlive the workspace"
 
 
+def test_dtypes_do_not_share_their_buffers(device):
+    q, k, v = make_qkv(SMALL, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        output, sums = attention_cross_token_qk_sum(*inputs, SPLIT, reuse_buffers=True, backend="pytorch")
+        assert output.dtype == dtype
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+
+
 def test_functions_do_not_share_their_buffers(device):
     q, k, v = make_qkv(SMALL, device=device)
     _, raw = attention_cross_token_qk_sum(q, k, v, SPLIT, reuse_buffers=True)

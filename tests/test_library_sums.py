@@ -361,6 +361,18 @@ def overlapping(name):
     return cross(**tensors, out=memory[400:912].view(1, 4, 8, 16))
 
 
+@each_cross
+def test_buffers_beside_the_inputs(name):
+    """Room that ends where an input begins, or begins where one ends, is shared with nobody."""
+    memory = torch.randn(3, 1, 4, 8, 16)
+    arguments = cross(q=memory[1], k=torch.randn(1, 4, 8, 16), v=torch.randn(1, 4, 8, 16))
+    expected = CROSS[name](**{key: x.clone() if key in "qkv" else x for key, x in arguments.items()})
+    for out in (memory[0], memory[2]):
+        output, sums = CROSS[name](**arguments, out=out)
+        assert output is out
+        torch.testing.assert_close((output, sums), expected)
+
+
 def sharing_buffers():
     memory = torch.empty(600)
     return cross(out=memory[:512].view(1, 4, 8, 16), SUMS=memory[510:520].view(1, 2, 5))

@@ -85,7 +85,7 @@ def test_listed_tests_and_equivalent_mutants_exist():
     for file, tests in TESTS.items():
         for test in tests:
             name, _, function = test.partition("::")
-            assert f"def {function}" in (mutation.ROOT / "tests" / name).read_text()
+            assert f"def {function.split('[')[0]}" in (mutation.ROOT / "tests" / name).read_text()
         made = {(m.function, m.was, m.became) for m in mutation.mutants(file, (mutation.ROOT / file).read_text())}
         assert not [x for x in EQUIVALENT if x[0] == file and x[1:4] not in made]
     assert {x[0] for x in EQUIVALENT} <= set(TESTS)
@@ -123,3 +123,19 @@ def test_what_becomes_of_a_mutant(toy, monkeypatch):
     (row,) = mutation.counts(results)
     assert row == {"file": "toy/sign.py", "mutants": 5} | {x.replace(" ", "_"): 1 for x in mutation.OUTCOMES}
     assert "- return 1 if x > 0 else 0\n  + return 1 if x >= 0 else 0" in str(made["return 1 if x >= 0 else 0"])
+
+
+def test_survivors_are_tried_again_and_records_joined(toy, monkeypatch):
+    source = "def sign(x):\n    return 1 if x > 0 else 0\n"
+    (mutation.ROOT / "toy" / "sign.py").write_text(source)
+    monkeypatch.setattr("benchmark.mutation.TESTS", toy)
+    dead, survivor = mutation.mutants("toy/sign.py", source)[:2]
+    key = dict(zip(mutation.KEY, mutation.key_of(survivor), strict=True))
+    rows = mutation.counts([(dead, "killed by assertion"), (survivor, "survived")])
+    others = mutation.counts([(dead._replace(file="other.py"), "survived")])
+    records = [{"rows": rows, "survivors": [key]}, {"rows": others, "survivors": []}]
+    assert [mutation.key_of(m) for m in mutation.survivors(records)] == [mutation.key_of(survivor)]
+    other, row = mutation.joined(records, [(survivor, "equivalent")])
+    assert other == others[0]
+    assert row == rows[0] | {"survived": 0, "equivalent": 1}
+    assert rows[0]["survived"] == 1

@@ -373,6 +373,11 @@ def test_buffers_beside_the_inputs(name):
         torch.testing.assert_close((output, sums), expected)
 
 
+def one_number():
+    x = torch.randn(1, 1, 1, 1)
+    return {"q": x, "k": x.clone(), "v": x.clone(), "split": 1, "out": x}
+
+
 def sharing_buffers():
     memory = torch.empty(600)
     return cross(out=memory[:512].view(1, 4, 8, 16), SUMS=memory[510:520].view(1, 2, 5))
@@ -404,6 +409,7 @@ BAD_CROSS = {
     ),
     "out with gaps": (ValueError, "out must be contiguous", cross(out=torch.empty(1, 4, 8, 32)[..., ::2])),
     "out that is q": (ValueError, "out must not share memory with q", overlapping("q")),
+    "out that is q, of one number": (ValueError, "out must not share memory with q", one_number()),
     "out over k": (ValueError, "out must not share memory with k", overlapping("k")),
     "out over v": (ValueError, "out must not share memory with v", overlapping("v")),
     "sums is a number": (TypeError, "SUMS must be a torch.Tensor or None, got float", cross(SUMS=1.0)),

@@ -324,7 +324,7 @@ def main() -> None:
         print(f"{len(results)} of {len(chosen)}", end="\r", file=sys.stderr)
         if given.out:
             write(given.out, joined(earlier, results), results, extra)
-    console.print(table(joined(earlier, results)))
+    console.print(table(joined(earlier, results)), width=max(console.width, 130), crop=False)
 
 
 def survivors(records: list[dict]) -> list[Mutant]:

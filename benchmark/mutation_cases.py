@@ -154,6 +154,13 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         NOT_STORED,
     ),
     (
+        "stage4_backward/linear_grad_kernel.py",
+        "interval_vector_kernel",
+        "result *= tl.load(factor_ptr + row + x_idx, mask=x_idx < n_out, other=0.0)[:, None]",
+        "result *= tl.load(factor_ptr + row + x_idx, mask=x_idx < n_out, other=1.0)[:, None]",
+        NOT_STORED,
+    ),
+    (
         "stage3_scores_and_sums/launch.py",
         "attention_with_stats",
         "dropout_p: float = 0.0,",

@@ -116,3 +116,13 @@ def test_a_module_that_passes_no_scale():
         output, _ = transformers.AttentionInterface()["attn_with_scores"](attention, q, k, v, None)
         expected = naive_attention(q, k, v, True, scale).output.transpose(1, 2)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_says_whether_it_is_causal():
+    model = replace_attention_with_flash(copy.deepcopy(eager_model("llama: grouped heads")))
+    q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
+    for says, causal in (({}, True), ({"is_causal": True}, True), ({"is_causal": False}, False)):
+        attend = transformers.AttentionInterface()["attn_with_scores"]
+        output, _ = attend(model.model.layers[0].self_attn, q, k, v, None, **says)
+        expected = naive_attention(q, k, v, causal).output.transpose(1, 2)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

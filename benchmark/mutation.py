@@ -286,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     arguments = argparse.ArgumentParser(prog="python -m benchmark.mutation", description=__doc__.split("\n")[0])
     arguments.add_argument("--sample", type=int, default=300, help="how many mutants over all files; 0 for all")
+    arguments.add_argument("--skip", type=int, default=0, help="the first so many of the sample, tried before")
     arguments.add_argument("--seed", type=int, default=0, help="of the sample")
     arguments.add_argument("--file", action="append", default=[], help="only files whose path ends so; may repeat")
     arguments.add_argument("--only", default="", help="only mutants whose description holds this text")
@@ -293,7 +294,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--timeout", type=int, default=200, help="CPU seconds that a mutant may take")
     arguments.add_argument("--minutes", type=float, default=0, help="begin no mutant after so many; 0 for no limit")
     arguments.add_argument("--list", action="store_true", help="only print the mutants")
-    again = "try the survivors of these records of different files again, and join the records"
+    again = "try the survivors of these records of different mutants again, and join the records"
     arguments.add_argument("--again", type=Path, nargs="+", default=[], help=again)
     arguments.add_argument("--out", type=Path, help=f"where to; {RESULT.relative_to(ROOT)} holds the last full run")
     return arguments
@@ -304,7 +305,7 @@ def main() -> None:
     given, console = parser().parse_args(), Console(soft_wrap=True)
     files = [file for file in TESTS if not given.file or file.endswith(tuple(given.file))]
     earlier = [json.loads(path.read_text()) for path in given.again]
-    chosen = survivors(earlier) if earlier else sampled(files, given.sample, given.seed)
+    chosen = survivors(earlier) if earlier else sampled(files, given.sample, given.seed)[given.skip :]
     chosen = [mutant for mutant in chosen if given.only in str(mutant)]
     if given.list:
         console.print("\n".join(map(str, chosen)), markup=False, highlight=False)
@@ -334,10 +335,13 @@ def survivors(records: list[dict]) -> list[Mutant]:
 
 
 def joined(records: list[dict], results: list[tuple[Mutant, str]]) -> list[dict]:
-    """Return the counts of records of different files, with what became of their survivors when tried again."""
+    """Return the counts of records of different mutants, with what became of their survivors when tried again."""
     if not records:
         return counts(results)
-    rows = {row["file"]: dict(row) for record in records for row in record["rows"]}
+    rows: dict[str, dict] = {}
+    for row in (row for record in records for row in record["rows"]):
+        known = rows.setdefault(row["file"], dict.fromkeys(row, 0))
+        rows[row["file"]] = {name: x if name == "file" else known[name] + x for name, x in row.items()}
     for mutant, outcome in results:
         rows[mutant.file]["survived"] -= 1
         rows[mutant.file][outcome.replace(" ", "_")] += 1

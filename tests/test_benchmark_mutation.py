@@ -139,3 +139,4 @@ def test_survivors_are_tried_again_and_records_joined(toy, monkeypatch):
     assert other == others[0]
     assert row == rows[0] | {"survived": 0, "equivalent": 1}
     assert rows[0]["survived"] == 1
+    assert mutation.joined(records[1:] * 2, [])[0]["mutants"] == 2

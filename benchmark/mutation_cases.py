@@ -130,6 +130,7 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
 NOTHING_COUNTED = "saves the launch; the kernels add up nothing to 0 as well"
 NOT_STORED = "rows past the end are computed, but not stored"
 NOTHING_DROPPED = "nothing is dropped with a probability below 0 either"
+AS_LONG = "a tensor has as many strides as sizes"
 UNDER_BUDGET = "a layer that holds nothing is under every budget"
 EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell)
     (
@@ -173,5 +174,12 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "n_kept = 0 if self.positions is None else self.positions.shape[-1]",
         "n_kept = (-1) if self.positions is None else self.positions.shape[-1]",
         UNDER_BUDGET,
+    ),
+    (
+        "flash_attention_with_scores/validation.py",
+        "_span",
+        "length = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1",
+        "length = sum((size - 1) * step for size, step in zip(x.shape, x.stride())) + 1",
+        AS_LONG,
     ),
 ]

@@ -87,6 +87,7 @@ def test_causal_masks_name_the_keys_that_are_real(old):
     assert torch.equal(made(8, real, 4, 4), real.bool())
     assert torch.equal(made(20, real, 4, 4), real.bool())  # a static cache has room for more
     assert torch.equal(made(20, None, 4, 4), torch.ones(2, 8).bool())
+    assert made(20, None, 4, 4).dtype == made(20, real, 4, 4).dtype == torch.bool
     assert torch.equal(made(5, real, 4, 4, kv_offset=3), real[:, 3:].bool())  # a sliding layer has dropped three
     short = made(8, real[:, :6], 4, 4)  # what the mask does not reach is not there
     assert torch.equal(short, torch.nn.functional.pad(real[:, :6], (0, 2)).bool())
@@ -97,6 +98,7 @@ def test_masks_of_encoders_are_never_none():
     real = padding("right", length=7)
     for mask, expected in ((None, torch.ones(2, 7)), (real, real)):
         made = make_mask(2, 7, bidirectional_mask_function, mask, q_length=4)
+        assert made.dtype == torch.bool
         assert torch.equal(made, expected.bool()[:, None, None].expand(2, 1, 4, 7))
     made = make_mask(2, 3, bidirectional_mask_function, real, q_length=4, kv_offset=2)
     assert torch.equal(made[:, 0, 0], real[:, 2:5].bool())

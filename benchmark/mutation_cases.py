@@ -135,6 +135,7 @@ AS_LONG = "a tensor has as many strides as sizes"
 NO_GRAPH = "saves the bookkeeping of a graph that nobody asked for; the results are the same"
 ONE_OF_TWO = "of two parts one is causal order, so that the other is a window in either case"
 PAST_THE_END = "y_stop is the last row's end, and what a tile loads past it is 0"
+ALL_TRUE = "true of every column, and there to give the mask its shape"
 UNDER_BUDGET = "a layer that holds nothing is under every budget"
 EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell)
     (
@@ -206,5 +207,12 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "counts = (y_idx >= rows.y_begin) & (y_idx < rows.y_stop)",
         "counts = (y_idx >= rows.y_begin) & (y_idx <= rows.y_stop)",
         PAST_THE_END,
+    ),
+    (
+        "stage3_scores_and_sums/linear_sum_kernel.py",
+        "prefix",
+        "return tl.load(cells, mask=(last >= 0) & (tl.arange(0, BLOCK_D) >= 0), other=0.0)",
+        "return tl.load(cells, mask=(last >= 0) & (tl.arange(0, BLOCK_D) >= (-1)), other=0.0)",
+        ALL_TRUE,
     ),
 ]

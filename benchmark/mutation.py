@@ -315,7 +315,9 @@ def main() -> None:
     for name in _MODELS:  # which transformers imports late
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
-    limit, results = TimeLimit(60 * given.minutes), []
+    known = [mutant for mutant in chosen if earlier and is_equivalent(mutant)]  # no need to see them survive again
+    chosen = [mutant for mutant in chosen if mutant not in known]
+    limit, results = TimeLimit(60 * given.minutes), [(mutant, "equivalent") for mutant in known]
     in_time = within(limit, chosen, partial(console.print, style="yellow"))
     extra = {"seed": given.seed, "of": len(sampled(TESTS, 0, 0))}
     for mutant, outcome, _ in attempt_all(in_time, TESTS, given.jobs, given.timeout):
@@ -330,8 +332,11 @@ def main() -> None:
 
 def survivors(records: list[dict]) -> list[Mutant]:
     """Return the mutants that survived when these records were made, as far as the code still has their lines."""
-    keys = {tuple(mutant[name] for name in KEY) for record in records for mutant in record["survivors"]}
-    return [mutant for mutant in sampled(TESTS, 0, 0) if key_of(mutant) in keys]
+    everything, found = sampled(TESTS, 0, 0), []
+    for known in (mutant for record in records for mutant in record["survivors"]):
+        alike = [mutant for mutant in everything if key_of(mutant) == tuple(known[name] for name in KEY)]
+        found += sorted(alike, key=lambda mutant, line=known["line"]: abs(mutant.line - line))[:1]
+    return found
 
 
 def joined(records: list[dict], results: list[tuple[Mutant, str]]) -> list[dict]:
@@ -350,7 +355,7 @@ def joined(records: list[dict], results: list[tuple[Mutant, str]]) -> list[dict]
 
 def write(out: Path, rows: list[dict], results: list[tuple[Mutant, str]], extra: dict) -> None:
     """Record the rows, and the mutants that survived."""
-    left = [dict(zip(KEY, key_of(mutant), strict=True)) for mutant, outcome in results if outcome == "survived"]
+    left = [{name: getattr(mutant, name) for name in (*KEY, "line")} for mutant, x in results if x == "survived"]
     record = Record(out, extra=extra | {"survivors": left})
     record.rows = rows
     record.write()

@@ -130,7 +130,7 @@ def test_survivors_are_tried_again_and_records_joined(toy, monkeypatch):
     (mutation.ROOT / "toy" / "sign.py").write_text(source)
     monkeypatch.setattr("benchmark.mutation.TESTS", toy)
     dead, survivor = mutation.mutants("toy/sign.py", source)[:2]
-    key = dict(zip(mutation.KEY, mutation.key_of(survivor), strict=True))
+    key = {name: getattr(survivor, name) for name in (*mutation.KEY, "line")}
     rows = mutation.counts([(dead, "killed by assertion"), (survivor, "survived")])
     others = mutation.counts([(dead._replace(file="other.py"), "survived")])
     records = [{"rows": rows, "survivors": [key]}, {"rows": others, "survivors": []}]

@@ -128,3 +128,12 @@ def test_a_module_says_whether_it_is_causal():
         output, _ = attend(model.model.layers[0].self_attn, q, k, v, None, **says)
         expected = naive_attention(q, k, v, causal).output.transpose(1, 2)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head_mask", "position_bias"])
+def test_biases_are_refused(name):
+    model = replace_attention_with_flash(copy.deepcopy(eager_model("llama: grouped heads")))
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    attend = transformers.AttentionInterface()["attn_with_scores"]
+    with pytest.raises(ValueError, match=f"LlamaAttention passes {name}, which attention with scores cannot apply"):
+        attend(model.model.layers[0].self_attn, q, k, k, None, **{name: torch.ones(4)})

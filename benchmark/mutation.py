@@ -302,7 +302,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Try mutants, print those that survive, and count."""
-    given, console = parser().parse_args(), Console(soft_wrap=True)
+    given, console = parser().parse_args(), Console(soft_wrap=True, width=None if sys.stdout.isatty() else 130)
     files = [file for file in TESTS if not given.file or file.endswith(tuple(given.file))]
     earlier = [json.loads(path.read_text()) for path in given.again]
     chosen = survivors(earlier) if earlier else sampled(files, given.sample, given.seed)[given.skip :]
@@ -327,7 +327,7 @@ def main() -> None:
         print(f"{len(results)} of {len(chosen)}", end="\r", file=sys.stderr)
         if given.out:
             write(given.out, joined(earlier, results), results, extra)
-    console.print(table(joined(earlier, results)), width=max(console.width, 130), crop=False)
+    console.print(table(joined(earlier, results)))
 
 
 def survivors(records: list[dict]) -> list[Mutant]:

@@ -401,6 +401,14 @@ MISTAKES = [
         "The first n chunks end with chunk n - 1; chunk n is where the end lies, and counts only in part.",
     ),
     Mistake(
+        "linear_prefix_starts_anew",
+        LINEAR,
+        "before += tl.sum(chunks, 0)",
+        "before = tl.sum(chunks, 0)",
+        LINEAR_SUMS + "test_prefix_sums_carry_on_from_block_to_block",
+        "A block of chunks begins with the sum of all blocks before it, not of the last one alone.",
+    ),
+    Mistake(
         "linear_forgets_the_group",
         LINEAR,
         "in tl.range(first_head, first_head + Y_HEADS, num_stages=3)",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -43,30 +44,52 @@ def attempt(mistake: Mistake) -> dict[str, str]:
         shutil.copytree(ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
         patch(Path(folder) / mistake.file, mistake)
         log, report = Path(folder) / "log.txt", Path(folder) / "report.xml"
-        child = os.fork()
-        if child == 0:
-            _run_test(mistake, folder, log, report)
-        _, status = os.waitpid(child, 0)
-        said = log.read_text(errors="replace")
-        if not report.exists():
-            return {"name": mistake.name, "outcome": "crashed", "said": said}
+        _, status = os.waitpid(start_tests([mistake.caught_by], folder, log, report), 0)
+        return {"name": mistake.name, "outcome": outcome_of(status, report), "said": log.read_text(errors="replace")}
+
+
+def start_tests(tests: list[str], folder: str, log: Path, report: Path, cpu_seconds: int | None = None) -> int:
+    """Run tests in a forked process, until the first fails, with the packages in `folder` in front of the real ones.
+
+    Args:
+        tests: files or test ids, from the folder of tests on.
+        log: what pytest prints.
+        report: what it finds, as JUnit's XML.
+        cpu_seconds: after which the process is killed.
+
+    Returns:
+        its process id, to be waited for.
+    """
+    child = os.fork()
+    if child == 0:
+        _run_tests(tests, folder, log, report, cpu_seconds)
+    return child
+
+
+def outcome_of(status: int, report: Path) -> str:
+    """Say from a process' exit status and its report what became of a mistake: see `outcomes`."""
+    if status == 0:
+        return "missed"
+    try:
         failures = [failure.get("message", "") for failure in ET.parse(report).iter("failure")]
-        by_assertion = failures and all(message.startswith(("AssertionError", "assert ")) for message in failures)
-        outcome = "missed" if status == 0 else "caught" if by_assertion else "crashed"
-        return {"name": mistake.name, "outcome": outcome, "said": said}
+    except (FileNotFoundError, ET.ParseError):
+        return "crashed"
+    by_assertion = failures and all(message.startswith(("AssertionError", "assert ")) for message in failures)
+    return "caught" if by_assertion else "crashed"
 
 
-def _run_test(mistake: Mistake, folder: str, log: Path, report: Path) -> NoReturn:
-    """Run the test with the copy in front of the real package; never returns."""
+def _run_tests(tests: list[str], folder: str, log: Path, report: Path, cpu_seconds: int | None) -> NoReturn:
     code = 70
     try:
+        if cpu_seconds is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
         output = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path.insert(0, folder)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the notebooks' plugin alone takes seconds to load
         arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", f"--junitxml={report}"]
-        code = int(pytest.main([*arguments, str(ROOT / "tests" / mistake.caught_by)]))
+        code = int(pytest.main([*arguments, *(str(ROOT / "tests" / test) for test in tests)]))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -82,8 +105,8 @@ def patch(file: Path, mistake: Mistake) -> None:
     file.write_text(text.replace(mistake.right, mistake.wrong))
 
 
-def main() -> None:
-    """Try the mistakes named on the command line, or all; print one JSON object a line."""
+def import_once() -> None:
+    """Import what is slow, before the forks, and none of the packages that are tried in a wrong copy."""
     use_interpreter_without_gpu()
     packages = ("stage", "flash_attention_with_scores")
     for name in [name for name in sys.modules if name.startswith(packages)]:
@@ -91,6 +114,10 @@ def main() -> None:
     import hypothesis  # noqa: F401  (the slow imports, once and before the forks)
     import torch  # noqa: F401
 
+
+def main() -> None:
+    """Try the mistakes named on the command line, or all; print one JSON object a line."""
+    import_once()
     chosen = sys.argv[1:]
     for mistake in MISTAKES:
         if not chosen or mistake.name in chosen:

@@ -27,11 +27,11 @@ class TileConfig(NamedTuple):
     fp32_precision: str = "ieee"  # of tl.dot; matters for fp32 inputs only
 
 
-_chosen: dict[str, TileConfig] = {}
+_chosen: dict[str, tuple] = {}
 
 
 @contextmanager
-def choose(**configs: TileConfig) -> Iterator[None]:
+def choose(**configs: tuple) -> Iterator[None]:
     """Launch with these configs, whatever the tables say: `choose(forward=…, column_sum=…)`; what a search needs."""
     before = dict(_chosen)
     _chosen.update(configs)
@@ -42,7 +42,7 @@ def choose(**configs: TileConfig) -> Iterator[None]:
         _chosen.update(before)
 
 
-def chosen(loop: str) -> TileConfig | None:
+def chosen(loop: str) -> tuple | None:
     """Return the config that `choose` holds for a loop, or None: then the tables decide."""
     return _chosen.get(loop)
 

@@ -157,5 +157,7 @@ def _prefix_sums(y, y_desc, rows, end, n_sums, config):
         chunk_sum_kernel[(n_chunks, heads)](
             y_desc, sums, rows, first, N_SUMS=n_sums, Y_HEADS=y.shape[1] // n_sums, num_warps=config.num_warps
         )
-        prefix_sum_kernel[(heads, block_d // 16)](sums, n_chunks, BLOCK=64, BLOCK_D=block_d, WIDTH=16, num_warps=4)
+        prefix_sum_kernel[(heads, block_d // 16)](
+            sums, n_chunks, BLOCK=config.block, BLOCK_D=block_d, WIDTH=16, num_warps=4
+        )
     return sums, first

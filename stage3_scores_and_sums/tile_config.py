@@ -9,12 +9,13 @@ from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, 
 
 
 class LinearSumConfig(NamedTuple):
-    """Rows in a chunk, warps, pipeline stages, and the precision of tl.dot for fp32."""
+    """What the linear-time sums need to know beside their inputs."""
 
-    chunk: int
+    chunk: int  # rows that are summed at once
     num_warps: int
     num_stages: int
-    fp32_precision: str = "ieee"
+    fp32_precision: str = "ieee"  # of tl.dot; matters for fp32 inputs only
+    block: int = 64  # chunks whose prefix sums are taken at once
 
 
 _HOPPER = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 4, 2)}
@@ -38,6 +39,8 @@ def column_sum_config(q: Tensor) -> TileConfig:
 
 def linear_sum_config(x: Tensor) -> LinearSumConfig:
     """Return the config of the linear-time sums for x [B, H, N, D]."""
+    if chosen("linear_sum") is not None:
+        return chosen("linear_sum")
     hopper = architecture() == 90
     if x.dtype == torch.float32:
         return LinearSumConfig(32, 4, 2, "tf32x3" if hopper else "ieee")

@@ -180,7 +180,58 @@ BAD = {
         "descales must be three numbers",
         {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": (1.0, 1.0)},
     ),
+    "a descale of 0": (
+        ValueError,
+        "descales: q's must be above 0, got 0",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": (0, 1.0, 1.0)},
+    ),
+    "a descale for each head": (
+        ValueError,
+        r"descales: v's must have one element, got shape \[2\]",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": (1.0, 1.0, torch.ones(2))},
+    ),
+    "one descale": (
+        TypeError,
+        "descales must be three numbers",
+        {name: x.to(torch.float8_e4m3fn) for name, x in good().items()} | {"descales": 1.0},
+    ),
+    "a bool in a window": (TypeError, "window must be an int", good(window=(True, 3))),
+    "a negative softcap": (ValueError, "softcap must be above 0, got -2.0", good(softcap=-2.0)),
+    "sinks in a list": (TypeError, "sinks must be a floating-point tensor or None, got list", good(sinks=[0.0] * 4)),
+    "sinks elsewhere": (ValueError, "sinks must be on q's device", good(sinks=torch.zeros(4, device="meta"))),
+    "mask in a list": (TypeError, "key_padding_mask must be a bool tensor", good(key_padding_mask=[True] * 12)),
+    "a scale of True": (TypeError, "sm_scale must be a number or None, got bool", good(sm_scale=True)),
+    "a seed of True": (TypeError, "seed must be an int or None, got bool", good(seed=True)),
+    "a seed of 64 bits": (ValueError, r"seed must be in \[0, 2\*\*63\), got 9223372036854775808", good(seed=2**63)),
+    "values without width": (ValueError, "v's head dimension must be from 1 to 256", good(v=torch.randn(1, 2, 12, 0))),
+    "values of another head count": (
+        ValueError,
+        "v must have k's batch, heads and length",
+        good(v=torch.randn(1, 1, 12, 16)),
+    ),
+    "values elsewhere": (ValueError, "v must be on k's device", good(v=torch.randn(1, 2, 12, 16, device="meta"))),
 }
+TAKEN = {  # the last values that are
+    "no window": {"window": 0},
+    "one side": {"window": [None, 0]},
+    "the smallest seed": {"dropout_p": 0.5, "seed": 0},
+    "the largest seed": {"dropout_p": 0.5, "seed": 2**63 - 1},
+    "much dropout": {"dropout_p": 0.99, "seed": 1},
+    "a whole scale": {"sm_scale": 1},
+    "no scale": {"sm_scale": 0},
+    "wide heads": {name: torch.randn(1, 1, 3, 256) for name in ("q", "k", "v")},
+    "narrow heads": {name: torch.randn(1, 1, 3, 1) for name in ("q", "k", "v")},
+    "wide values": {"v": torch.randn(1, 2, 12, 256)},
+    "narrow values": {"v": torch.randn(1, 2, 12, 1)},
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_values_at_the_bounds_are_taken(name):
+    arguments = good(**TAKEN[name])
+    output = attention(**arguments)
+    assert output.shape == (*arguments["q"].shape[:3], arguments["v"].shape[3])
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("name", BAD)

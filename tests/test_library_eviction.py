@@ -300,7 +300,13 @@ def test_eviction_refuses_to_crop():
         ("8", {}, TypeError, "int or a float"),
         ([8], {}, ValueError, "each of 2 layers, got 1"),
         (lambda layer: layer, {}, ValueError, "at least 1, or"),
+        ([8, 8, 8], {}, ValueError, "each of 2 layers, got 3"),
+        (-0.5, {}, ValueError, "in \\(0, 1\\]"),
+        (-8, {}, ValueError, "at least 1, or"),
         (8, {"every": 0}, ValueError, "every"),
+        (8, {"every": True}, ValueError, "every must be an int of at least 1, got True"),
+        (8, {"every": 2.0}, ValueError, "every must be an int of at least 1, got 2.0"),
+        (8, {"policy": object()}, TypeError, "policy must be an object with keep"),
         (8, {"policy": H2O}, TypeError, "policy"),
     ],
 )

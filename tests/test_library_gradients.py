@@ -337,6 +337,34 @@ def test_autocast_casts_what_is_not_cast_yet(device, backend):
     assert q.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_fp64_alone():
+    q, k, v = (x.requires_grad_() for x in make_qkv(SMALL, torch.float64))
+    expected = attention_with_scores(q, k, v, causal=True, backend="pytorch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, scores = attention_with_scores(q, k, v, causal=True, backend="pytorch")
+    assert output.dtype == scores.dtype == torch.float64
+    assert torch.equal(output, expected[0])
+    assert torch.equal(scores, expected[1])
+
+
+@each_backend
+def test_sums_over_a_part_of_the_queries(device, backend):
+    """Queries outside of it get nothing from the sums."""
+    inputs, _ = draw(SMALL, device)
+    for q_begin, q_stop in ((2, 5), (4, None)):
+        part = {"q_begin": q_begin, "q_stop": q_stop}
+        _, sums = library.attention_with_softmax_col_sum(*inputs.values(), True, **part, backend=backend)
+        grad = torch.randn_like(sums)
+        actual = gradients(sums, inputs, grad)
+        wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+        weights = naive_attention(*wide.values(), True).weights[:, :, q_begin:q_stop]
+        expected = gradients(weights.sum((1, 2))[:, None], wide, grad.double())
+        assert not actual["q"][:, :, :q_begin].any()
+        assert q_stop is None or not actual["q"][:, :, q_stop:].any()
+        for name in inputs:
+            torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
 def forward_arguments(device, sinks=False):
     q, k, v = (x.requires_grad_() for x in make_qkv(SMALL, device=device))
     sinks = torch.randn(2, device=device, requires_grad=True) if sinks else None

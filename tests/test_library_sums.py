@@ -228,6 +228,15 @@ def test_reused_buffers(device, backend, name):
     assert torch.equal(second[1], before), "a tensor that was returned must outlive the workspace"
 
 
+def test_dtypes_do_not_share_their_buffers(device):
+    q, k, v = make_qkv(SMALL, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype) for x in (q, k, v)]
+        output, sums = attention_cross_token_qk_sum(*inputs, SPLIT, reuse_buffers=True, backend="pytorch")
+        assert output.dtype == dtype
+        assert sums.dtype == torch.promote_types(dtype, torch.float32)
+
+
 def test_functions_do_not_share_their_buffers(device):
     q, k, v = make_qkv(SMALL, device=device)
     _, raw = attention_cross_token_qk_sum(q, k, v, SPLIT, reuse_buffers=True)
@@ -352,6 +361,23 @@ def overlapping(name):
     return cross(**tensors, out=memory[400:912].view(1, 4, 8, 16))
 
 
+@each_cross
+def test_buffers_beside_the_inputs(name):
+    """Room that ends where an input begins, or begins where one ends, is shared with nobody."""
+    memory = torch.randn(3, 1, 4, 8, 16)
+    arguments = cross(q=memory[1], k=torch.randn(1, 4, 8, 16), v=torch.randn(1, 4, 8, 16))
+    expected = CROSS[name](**{key: x.clone() if key in "qkv" else x for key, x in arguments.items()})
+    for out in (memory[0], memory[2]):
+        output, sums = CROSS[name](**arguments, out=out)
+        assert output is out
+        torch.testing.assert_close((output, sums), expected)
+
+
+def one_number():
+    x = torch.randn(1, 1, 1, 1)
+    return {"q": x, "k": x.clone(), "v": x.clone(), "split": 1, "out": x}
+
+
 def sharing_buffers():
     memory = torch.empty(600)
     return cross(out=memory[:512].view(1, 4, 8, 16), SUMS=memory[510:520].view(1, 2, 5))
@@ -383,6 +409,7 @@ BAD_CROSS = {
     ),
     "out with gaps": (ValueError, "out must be contiguous", cross(out=torch.empty(1, 4, 8, 32)[..., ::2])),
     "out that is q": (ValueError, "out must not share memory with q", overlapping("q")),
+    "out that is q, of one number": (ValueError, "out must not share memory with q", one_number()),
     "out over k": (ValueError, "out must not share memory with k", overlapping("k")),
     "out over v": (ValueError, "out must not share memory with v", overlapping("v")),
     "sums is a number": (TypeError, "SUMS must be a torch.Tensor or None, got float", cross(SUMS=1.0)),

@@ -1,5 +1,7 @@
 """Stage 3: raw row, column and cross-token sums in O(N·D), because scores are linear in q and in k."""
 
+import importlib
+
 import pytest
 import torch
 from helpers import CASES, HALF, Case, assert_right, make_qkv, references
@@ -183,6 +185,14 @@ def test_accuracy(linear_sums, device, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_accuracy_of_long_sequences(linear_sums, causal):
     check_accuracy(linear_sums, 65536, causal, "cuda")
+
+
+def test_prefix_sums_carry_on_from_block_to_block(linear_sums, device):
+    """Three blocks of two chunks, the last one ragged: a block's sums join those of all blocks before it."""
+    config = importlib.import_module("stage3_scores_and_sums.tile_config").LinearSumConfig(16, 4, 2, block=2)
+    q, k, _ = make_qkv(Case(1, 1, 1, 70, 80, 16, True), device=device)
+    with importlib.import_module("stage2_triton_forward.tile_config").choose(linear_sum=config):
+        check(linear_sums, q, k, True)
 
 
 @settings(max_examples=8)

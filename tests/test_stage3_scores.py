@@ -64,6 +64,8 @@ def test_region(launch, device, region, n_k):
         )
         assert_right("output", output, oracle, naive)
         assert_right("scores", scores, oracle, naive, dtype=q.dtype)
+    *_, past_the_last_query = launch.attention_with_scores(q, k, v, True, q_begin=CACHE.n_q + 3, k_stop=5)
+    assert past_the_last_query.shape == (CACHE.batch, CACHE.n_heads, 0, 5)
 
 
 def test_any_strides(launch, device):

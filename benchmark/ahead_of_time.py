@@ -31,7 +31,7 @@ from stage3_scores_and_sums import launch as stage3
 from stage3_scores_and_sums.column_sums import fold_columns, softmax_col_sum
 from stage3_scores_and_sums.linear_sums import linear_col_sum, linear_row_sum
 from stage4_backward.gradients import Gradients
-from stage4_backward.launch import backward
+from stage4_backward.launch import backward, describe_score_grads, through_columns
 from stage4_backward.linear_grads import linear_col_sum_grads, linear_row_sum_grads
 
 ROWS = torch.empty(1, 4, 256)  # a statistic of every query, such as the lse
@@ -69,8 +69,8 @@ GRADIENTS = {  # stage 4
     "backward_window": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, window=(100, None)),
     "backward_scores": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), c),
     "backward_columns": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), c),
-    "backward_columns_of_one_query": lambda q, k, c: backward(
-        q[:, :, :1], k, k, q[:, :, :1], ROWS[:, :, :1], Gradients(softmax_col_sum=COLUMNS), c
+    "columns_of_one_query": lambda q, k, c: through_columns(
+        *(q[:, :, :1], k, ROWS[:, :, :1]), describe_score_grads(q, Gradients(softmax_col_sum=COLUMNS), ROWS), c
     ),
     "row_sum_grads": lambda q, k, c: linear_row_sum_grads(q, k, ROWS, c),
     "col_sum_grads": lambda q, k, c: linear_col_sum_grads(q, k, COLUMNS, c),
@@ -105,13 +105,18 @@ class AbsentGPU:
 
 
 @contextmanager
-def compile_instead_of_launch(arch: int) -> Iterator[list]:
-    """Make every `kernel[grid](...)` compile for `arch` and stop there; yields the list of compiled kernels."""
+def compile_instead_of_launch(arch: int, only: list[str] | None = None) -> Iterator[list]:
+    """Make every `kernel[grid](...)` compile for `arch` and stop there; yields the list of compiled kernels.
+
+    Args:
+        only: kernels by their name; others are left out. None for all.
+    """
     compiled = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        if only is None or self.__name__ in only:
+            compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     triton.runtime.driver.set_active(AbsentGPU(arch))
     JITFunction.run = compile_only
@@ -131,9 +136,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
-def compile_case(case: str, launch: Callable[[], object], arch: int) -> list[Compiled]:
-    """Compile the kernels that `launch()` would start."""
-    with compile_instead_of_launch(arch) as kernels:
+def compile_case(case: str, launch: Callable[[], object], arch: int, only: list[str] | None = None) -> list[Compiled]:
+    """Compile the kernels that `launch()` would start, or `only` some of them."""
+    with compile_instead_of_launch(arch, only) as kernels:
         launch()
     reports = []
     for kernel in kernels:
@@ -188,7 +193,8 @@ def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, caus
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_MEMORY_LIMIT))
-    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="compile the cases whose name contains one of these")
+    parser.add_argument("--kernels", nargs="+", help="compile these kernels; default: all that a case launches")
     parser.add_argument("--configs", type=json.loads, help="instead: a JSON list of tile configs of the forward loop")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
@@ -199,8 +205,8 @@ def main() -> None:
         return
     for arch in args.arch:
         for case, launch in launches(arch):
-            if args.only in case:
-                for report in compile_case(case, launch, arch):
+            if any(part in case for part in args.only):
+                for report in compile_case(case, launch, arch, args.kernels):
                     print(json.dumps(report._asdict()), flush=True)
 
 

@@ -73,12 +73,12 @@ def backward(
     mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=lse)
     to_logits = describe_logits(default_scale(q, sm_scale), softcap, configs.grad_q.fp32_precision)
     dropout = describe_dropout(seed, dropout_p)
-    score_grads = _score_grads(q, grads, placeholder=lse)
+    score_grads = describe_score_grads(q, grads, placeholder=lse)
     extra = None if grads.lse is None else -grads.lse.float()
     if grads.softmax_col_sum is not None:
         masks = {"window": window, "softcap": softcap, "key_padding_mask": key_padding_mask}
-        through_columns = _column_grads(q, k, lse, score_grads, causal, sm_scale, **masks)
-        extra = through_columns if extra is None else extra + through_columns
+        columns = through_columns(q, k, lse, score_grads, causal, sm_scale, **masks)
+        extra = columns if extra is None else extra + columns
     delta = _delta(output, grad_output, extra, configs.grad_q.block_m)
     q = signed(q, sm_scale)
     aligned = [describable(x, copy=False) for x in results]
@@ -149,7 +149,7 @@ def _delta(output: Tensor, grad_output: Tensor, extra: Tensor | None, block_m: i
     return delta
 
 
-def _score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads:
+def describe_score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads:
     """Describe the gradients of scores and of softmax column sums for the kernels."""
     columns, q_stop = grads.softmax_col_sum, q.shape[2] if grads.q_stop is None else grads.q_stop
     has_columns, has_scores = columns is not None, grads.scores is not None
@@ -159,7 +159,7 @@ def _score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> ScoreGrads
     return ScoreGrads(scores, columns, grads.q_begin, q_stop, columns.shape[2], *map(constant, constants))
 
 
-def _column_grads(q, k, lse, score_grads, causal, sm_scale, *, softcap, **masks) -> Tensor:
+def through_columns(q, k, lse, score_grads, causal=False, sm_scale=None, *, softcap=None, **masks) -> Tensor:
     """Return Σ_j P_ij·g_j, [B, Hq, M], for the gradient g of column sums: one more walk along the keys."""
     result = torch.zeros_like(lse)
     args = ColumnGrads(lse, result, q.shape[2], describe_logits(1.0, softcap, "ieee"), score_grads, constant(None))

@@ -44,7 +44,11 @@ def pytest_addoption(parser):
     )
 
 
+LONGEST = ("test_kernels_compile.py", "test_notebooks.py", "test_course_mistakes.py", "test_course_exercises.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # begun last, they would keep one process waiting
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,5 +1,6 @@
 """Makes the mistakes of `course/mistakes.py` one at a time, and runs the test that must catch each."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -111,8 +112,9 @@ def import_once() -> None:
     packages = ("stage", "flash_attention_with_scores")
     for name in [name for name in sys.modules if name.startswith(packages)]:
         del sys.modules[name]  # each child imports its own, wrong copy
-    import hypothesis  # noqa: F401  (the slow imports, once and before the forks)
-    import torch  # noqa: F401
+    for name in ("hypothesis", "torch", "triton", "transformers.masking_utils", "transformers.cache_utils"):
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
 
 
 def main() -> None:

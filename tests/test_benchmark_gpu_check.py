@@ -39,7 +39,7 @@ class Commands:
             if argument.startswith("--junitxml=") and self.report:
                 Path(argument.partition("=")[2]).write_text(self.report)
         if "fuzz" in command:
-            (Path(command[-1]) / "fuzz.json").write_text(json.dumps(self.found))
+            (Path(command[command.index("--out") + 1]) / "fuzz.json").write_text(json.dumps(self.found))
         return code
 
 
@@ -109,7 +109,12 @@ def test_what_is_not_run_is_said_and_counts_neither_way(check, monkeypatch):
         "fuzz": "not run",
         "memcheck": "not run",
     }
-    for reason in ("not asked for", "compute-sanitizer is not installed", "numpy is too new", "uv is not installed"):
+    for reason in (
+        "not asked for",
+        "compute-sanitizer is not installed",
+        "numpy is too new",
+        "packages of other versions",
+    ):
         assert reason in said
 
 
@@ -128,6 +133,7 @@ def test_counts_of_real_tests(has_xdist, tmp_path):
     tests = {"test_good.py": True, "test_bad.py": False}
     for name, right in tests.items():
         (tmp_path / name).write_text(TESTS.format(right=right))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  thorough\n")
     options = gpu_check.Options(tmp_path, 2, 1, [], [str(tmp_path / name) for name in tests])
 
     plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin" if has_xdist else ""}

@@ -118,7 +118,7 @@ def test_what_becomes_of_a_mutant(toy, monkeypatch):
     survivor = made["return 1 if x > 0 else 1"]
     monkeypatch.setattr("benchmark.mutation.EQUIVALENT", [(*survivor[:2], survivor.was, survivor.became, "a reason")])
     chosen = [*(made[became] for became in expected), crash]
-    results = [(mutant, outcome) for mutant, outcome, _ in mutation.attempt_all(chosen, toy, jobs=2, cpu_seconds=2)]
+    results = [(mutant, outcome) for mutant, outcome, _ in mutation.attempt_all(chosen, toy, jobs=2, cpu_seconds=6)]
     assert {m.became: outcome for m, outcome in results} == expected | {crash.became: "killed otherwise"}
     (row,) = mutation.counts(results)
     assert row == {"file": "toy/sign.py", "mutants": 5} | {x.replace(" ", "_"): 1 for x in mutation.OUTCOMES}

@@ -168,7 +168,7 @@ def test_attend_keys(graded, device, begin, stop, masked, dtype):
         row_sum,
         acc,
         key_mask(16, 57, masked, None, None, placeholder=acc),
-        Logits(0.2, 1.0, *map(tl.constexpr, (1, False, "ieee"))),
+        Logits(0.2, 1.0, *map(tl.constexpr, (False, "ieee"))),
         Dropout(0, 0, 1.0, tl.constexpr(False)),
         Tiles(*map(tl.constexpr, (2, 16, 16, 32, 32))),
         PLAIN,

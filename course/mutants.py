@@ -1,5 +1,6 @@
 """Makes the mistakes of `course/mistakes.py` one at a time, and runs the test that must catch each."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -88,8 +89,18 @@ def _run_tests(tests: list[str], folder: str, log: Path, report: Path, cpu_secon
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path.insert(0, folder)
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the notebooks' plugin alone takes seconds to load
-        arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-x", "-q", f"--junitxml={report}"]
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        arguments = [
+            "-o",
+            "addopts=",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:unraisableexception",
+            "-x",
+            "-q",
+            f"--junitxml={report}",
+        ]
         code = int(pytest.main([*arguments, *(str(ROOT / "tests" / test) for test in tests)]))
     finally:
         sys.stdout.flush()
@@ -115,6 +126,7 @@ def import_once() -> None:
     for name in ("hypothesis", "torch", "triton", "transformers.masking_utils", "transformers.cache_utils"):
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
+    gc.freeze()  # nor does a child look for garbage in all that
 
 
 def main() -> None:

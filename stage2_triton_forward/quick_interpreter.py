@@ -21,6 +21,7 @@ def quicken() -> None:
     interpreter._patch_lang = patched_once(interpreter._patch_lang, interpreter._LangPatchScope())
     interpreter._get_np_dtype = remembered(interpreter._get_np_dtype)
     type_on_demand(triton.language.core.tuple)
+    described_once(triton.language.core.block_type)
     semantic = interpreter.TritonSemantic
     semantic.binary_op_sanitize_overflow_impl = checked_at_once(semantic.binary_op_sanitize_overflow_impl)
 
@@ -94,6 +95,22 @@ def type_on_demand(language_tuple: type) -> None:
     language_tuple.__init__ = remember_values
     language_tuple.type = cached_property(find_type)
     language_tuple.type.__set_name__(language_tuple, "type")
+
+
+def described_once(block_type: type) -> None:
+    """Let the type of a tile, made anew by every operation, take shape, size and name from an earlier one like it."""
+    init = block_type.__init__
+    described: dict[tuple, dict] = {}
+
+    @wraps(init)
+    def describe(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in described:
+            init(self, element_ty, shape)
+            described[key] = dict(vars(self))
+        vars(self).update(described[key])
+
+    block_type.__init__ = describe
 
 
 def checked_at_once(check: Callable) -> Callable:

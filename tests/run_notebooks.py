@@ -11,8 +11,9 @@ from pathlib import Path
 
 import nbformat
 from IPython.core.interactiveshell import InteractiveShell
+from matplotlib_inline.config import InlineBackend
 
-HEAVY = ("torch", "triton", "transformers", "matplotlib.figure", "matplotlib_inline.backend_inline")
+HEAVY = ("torch", "triton", "transformers", "matplotlib.figure")
 
 
 class Shell(InteractiveShell):
@@ -35,6 +36,7 @@ def _run_cells(path: Path) -> int:
     os.chdir(path.parent)
     sys.path.insert(0, str(path.parent))
     shell = Shell.instance(colors="nocolor")
+    InlineBackend.instance(parent=shell).print_figure_kwargs = {"bbox_inches": None}  # "tight" draws each picture twice
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
         if cell.cell_type == "code" and not shell.run_cell(cell.source, store_history=True).success:
             print(f"{path.name}: cell {number} raised", flush=True)

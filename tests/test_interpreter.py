@@ -28,9 +28,9 @@ def add_kernel(x_ptr, start, FAIL: tl.constexpr):
 
 def originals(interpreter):
     """Return what `quicken` replaces, as Triton wrote it, by (object, name)."""
-    semantic, language_tuple = interpreter.TritonSemantic, tl.core.tuple
-    places = [(interpreter, "_patch_lang"), (interpreter, "_get_np_dtype"), (language_tuple, "__init__")]
-    places.append((semantic, "binary_op_sanitize_overflow_impl"))
+    places = [(interpreter, "_patch_lang"), (interpreter, "_get_np_dtype")]
+    places += [(tl.core.tuple, "__init__"), (tl.core.block_type, "__init__")]
+    places.append((interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl"))
     return {(place, name): getattr(place, name).__wrapped__ for place, name in places}
 
 

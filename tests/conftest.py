@@ -42,13 +42,21 @@ def pytest_addoption(parser):
         default="reference",
         help="grade the course's own code, or the learner's files under */exercise/",
     )
+    parser.addoption(
+        "--first-cases", action="store_true", help="of a test with many cases, run the first alone: a quick look at all"
+    )
 
 
 LONGEST = ("test_kernels_compile.py", "test_notebooks.py", "test_course_mistakes.py", "test_course_exercises.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items, config):
     items.sort(key=lambda item: item.path.name not in LONGEST)  # begun last, they would keep one process waiting
+    if config.getoption("--first-cases"):
+        first = {(item.path, item.originalname): item for item in reversed(items)}
+        kept = [item for item in items if first[item.path, item.originalname] is item]
+        config.hook.pytest_deselected(items=[item for item in items if first[item.path, item.originalname] is not item])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:

@@ -310,14 +310,17 @@ def test_every_task_is_graded_and_every_test_grades_a_task(tmp_path):
         assert graded == set(selected[stage]), f"{stage}: tests that grade no task, or tasks that reach beyond it"
 
 
-def test_every_test_fails_as_shipped_with_its_task(tmp_path):
+@pytest.mark.parametrize(
+    "which", [pytest.param(["--first-cases"], id="first cases"), pytest.param([], id="all", marks=pytest.mark.thorough)]
+)
+def test_every_test_fails_as_shipped_with_its_task(which, tmp_path):
     """In one process for all stages that nobody has edited, since half of the time goes into imports."""
     numbers = [number for number in sorted(STAGES) if not set(files_of(number)) & set(EDITED)]
     if not numbers:
         pytest.skip(f"edited, {GRADE}: every stage")
     report = tmp_path / "report.xml"
     files = sorted(str(file) for number in numbers for file in (ROOT / "tests").glob(f"test_stage{number}_*.py"))
-    command = [sys.executable, "-m", "pytest", *PYTEST, "-q", "--tb=line", "--impl", "exercise"]
+    command = [sys.executable, "-m", "pytest", *PYTEST, "-q", "--tb=line", "--impl", "exercise", *which]
     command += [f"--junitxml={report}", *files]
     process = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert report.exists(), process.stdout[-2000:] + process.stderr[-2000:]

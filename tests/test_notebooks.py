@@ -21,6 +21,7 @@ def run(*notebooks):
     return process.returncode, process.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("notebooks", [NOTEBOOKS[::2], NOTEBOOKS[1::2]], ids=["even", "odd"])
 def test_notebooks_run(notebooks):
     code, said = run(*notebooks)

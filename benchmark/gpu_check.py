@@ -159,10 +159,12 @@ def not_run(reasons: dict[str, int]) -> list[str]:
     Args:
         reasons: why tests of the suite were skipped, and how many.
     """
-    lines = ["notebooks: `uv run pytest` runs them", "exercises: `uv run pytest --impl exercise` grades them"]
+    lines = [
+        "notebooks, packages of other versions (transformers 4, kvpress): `uv run pytest -m thorough` runs them",
+        "exercises: `uv run pytest --impl exercise` grades them",
+    ]
     if reason := why_not_interpreted():
         lines.append(f"the mutant gate, but for stage 1: {reason}")
-    lines.append("packages of other versions (transformers 4, kvpress): `uv run pytest -m thorough` runs them")
     return lines + [f"{number} skipped in the suite: {reason}" for reason, number in sorted(reasons.items())]
 
 

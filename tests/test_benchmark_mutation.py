@@ -105,6 +105,7 @@ def toy(tmp_path, monkeypatch):
     return {"toy/sign.py": ["test_toy.py"]}
 
 
+@pytest.mark.thorough
 def test_what_becomes_of_a_mutant(toy, monkeypatch):
     source = "def sign(x):\n    while x < 0:\n        x = 1\n    return 1 if x > 0 else 0\n"
     made = {m.became: m for m in mutation.mutants("toy/sign.py", source)}

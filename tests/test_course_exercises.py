@@ -292,6 +292,7 @@ with open(out, "w") as file:
 """
 
 
+@pytest.mark.thorough
 def test_every_task_is_graded_and_every_test_grades_a_task(tmp_path):
     stages = {f"stage{number}": [] for number in STAGES}
     for task in TASKS:

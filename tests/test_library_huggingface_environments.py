@@ -14,11 +14,11 @@ from huggingface_models import CONFIGS, padding, scoring_model, tokens
 
 from flash_attention_with_scores.huggingface import get_all_cumulative_scores
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parent.parent
 LLAMA = next(iter(CONFIGS))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("environment", "tests"),
     [

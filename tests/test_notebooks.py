@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -21,7 +22,6 @@ def run(*notebooks):
     return process.returncode, process.stdout
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("notebooks", [NOTEBOOKS[::2], NOTEBOOKS[1::2]], ids=["even", "odd"])
 def test_notebooks_run(notebooks):
     code, said = run(*notebooks)

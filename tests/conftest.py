@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 
-if sys.dont_write_bytecode:  # dozens of processes start here: let them compile torch once, and leave its folders alone
-    del os.environ["PYTHONDONTWRITEBYTECODE"]
-    sys.dont_write_bytecode = False
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = str(
-        Path(__file__).parent.parent / ".pytest_cache/bytecode"
-    )
+if sys.dont_write_bytecode:  # dozens of processes start here: let them compile torch once, in a folder of our own
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).parent.parent / ".pytest_cache/bytecode")
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
 import torch
-from hypothesis import Phase, settings
 
 from stage2_triton_forward.interpreter import use_interpreter_without_gpu
 
@@ -23,16 +20,14 @@ TRITON_MODE = use_interpreter_without_gpu()  # before anything imports triton
 
 torch.set_num_threads(1)  # pytest-xdist already keeps every core busy
 
-# The same examples at every run: no verdict hangs on luck. `--hypothesis-profile explore` looks for new ones.
-settings.register_profile(
-    "suite",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],  # to explain a failure takes as long as to find it, 50 times
-)
-settings.register_profile("explore", deadline=None, max_examples=1000)
-settings.load_profile("suite")
+if importlib.util.find_spec("hypothesis"):  # not where packages of other versions are tried
+    from hypothesis import Phase, settings
+
+    # The same examples at every run: no verdict hangs on luck. `--hypothesis-profile explore` looks for new ones.
+    phases = [Phase.explicit, Phase.generate, Phase.shrink]  # to explain a failure takes 50 times as long as to find it
+    settings.register_profile("suite", derandomize=True, deadline=None, database=None, phases=phases)
+    settings.register_profile("explore", deadline=None)
+    settings.load_profile("suite")
 
 
 def pytest_addoption(parser):

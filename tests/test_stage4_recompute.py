@@ -166,6 +166,7 @@ def test_many_tiles_are_compiled(recompute, graded, monkeypatch, loss):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_compiled_and_eager_step_agree(graded):
     module = graded("stage4_backward", "recompute_pytorch")

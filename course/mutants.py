@@ -90,17 +90,8 @@ def _run_tests(tests: list[str], folder: str, log: Path, report: Path, cpu_secon
         os.dup2(output, 2)
         sys.path.insert(0, folder)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        arguments = [
-            "-o",
-            "addopts=",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:unraisableexception",
-            "-x",
-            "-q",
-            f"--junitxml={report}",
-        ]
+        arguments = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+        arguments += ["-x", "-q", f"--junitxml={report}"]
         code = int(pytest.main([*arguments, *(str(ROOT / "tests" / test) for test in tests)]))
     finally:
         sys.stdout.flush()
@@ -123,10 +114,15 @@ def import_once() -> None:
     packages = ("stage", "flash_attention_with_scores")
     for name in [name for name in sys.modules if name.startswith(packages)]:
         del sys.modules[name]  # each child imports its own, wrong copy
-    for name in ("hypothesis", "torch", "triton", "transformers.masking_utils", "transformers.cache_utils"):
+    import_installed("hypothesis", "torch", "triton", "transformers.masking_utils", "transformers.cache_utils")
+    gc.freeze()  # nor does a child look for garbage in all that
+
+
+def import_installed(*modules: str) -> None:
+    """Import modules whose packages are installed, before the forks that would each import them again."""
+    for name in modules:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
-    gc.freeze()  # nor does a child look for garbage in all that
 
 
 def main() -> None:

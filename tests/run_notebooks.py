@@ -4,7 +4,6 @@
 the notebooks show, `jupyter nbconvert --to notebook --inplace --execute` them.
 """
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -46,11 +45,10 @@ def _run_cells(path: Path) -> int:
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # until a notebook asks for its own
+    from course.mutants import import_installed
     from stage2_triton_forward.interpreter import use_interpreter_without_gpu
 
     use_interpreter_without_gpu()
-    for name in HEAVY:
-        if importlib.util.find_spec(name.partition(".")[0]):
-            importlib.import_module(name)
+    import_installed(*HEAVY)
     codes = [run(Path(name).resolve()) for name in sys.argv[1:]]
     sys.exit(any(codes))

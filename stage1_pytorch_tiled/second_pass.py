@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .online_softmax import finite, nonzero
-from .tiled_forward import TileGrid, Window, weight_tiles
+from .setting import FULL, Setting
+from .tiled_forward import TileGrid, weight_tiles
 
 Fold = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # acc, logits, weights, q_idx, k_idx → acc
 
@@ -25,25 +26,21 @@ def tiled_row_stats(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    key_padding_mask: Tensor | None = None,
     block_m: int = 16,
     block_n: int = 16,
 ) -> RowStats:
     """Compute statistics of each row's softmax weights, in a second pass over the tiles.
 
     Args:
-        q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in the first pass, 4-D.
-        lse: [B, Hq, M], from `tiled_attention` on the same inputs; sinks are in it.
+        q, k, setting, block_m, block_n: as in the first pass, 4-D; its sinks are in the lse.
+        lse: [B, Hq, M], from `tiled_attention` on the same inputs.
 
     Returns:
         A RowStats. With a sink the weights of a row add up to less than 1, and its entropy is that of the keys alone.
     """
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     row_lse = finite(lse).unflatten(1, grid.q.shape[1:3])[..., None]  # [B, Hk, G, M, 1]
     entropy, max_weight, distance_sum, weight_sum = lse.new_zeros(4, *grid.q.shape[:-1])  # [B, Hk, G, M] each
     for tile, weights in weight_tiles(grid, lse):
@@ -63,21 +60,17 @@ def fold_rows(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    setting: Setting,
     fold: Fold,
     start: float,
-    causal: bool = False,
-    sm_scale: float | None = None,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    key_padding_mask: Tensor | None = None,
     block_m: int = 16,
     block_n: int = 16,
 ) -> Tensor:
     """Reduce logits and weights over the keys of each query, by a function that takes a tile at a time.
 
     Args:
-        q, k, lse, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in `tiled_row_stats`.
+        q, k, lse, setting, block_m, block_n: as in `tiled_row_stats`.
         fold: called as fold(acc, logits, weights, q_idx, k_idx), returns the acc after the tile. acc is [..., R];
             logits (sm_scale·q·kᵀ before softcap, -inf where not visible) and weights (0 there) are [..., R, C], all
             fp32 (fp64 for fp64 inputs); positions are int64, q_idx [R, 1] and k_idx [1, C]. R are queries, and the C
@@ -87,7 +80,7 @@ def fold_rows(
     Returns:
         [B, Hq, M], acc after the last tile; `start` for rows that no tile touched.
     """
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     acc = lse.new_full(grid.q.shape[:-1], start)  # [B, Hk, G, M]
     for q_rows, _, *tile in _fold_tiles(grid, lse):
         acc[..., q_rows] = fold(acc[..., q_rows], *tile)
@@ -98,28 +91,24 @@ def fold_cols(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    setting: Setting,
     fold: Fold,
     start: float,
-    causal: bool = False,
-    sm_scale: float | None = None,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    key_padding_mask: Tensor | None = None,
     block_m: int = 16,
     block_n: int = 16,
 ) -> Tensor:
     """Reduce logits and weights over the queries of each key and the head group: `fold_rows` on transposed tiles.
 
     Args:
-        q, k, lse, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in `tiled_row_stats`.
+        q, k, lse, setting, block_m, block_n: as in `tiled_row_stats`.
         fold, start: as in `fold_rows`, but R are keys, and the C queries are to be reduced: q_idx is [1, C] and k_idx
             [R, 1]. Called for one query head of the group after the other, on the same acc.
 
     Returns:
         [B, Hk, N], acc after the last tile; `start` for keys that no tile touched.
     """
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     acc = lse.new_full(k.shape[:3], start)  # [B, Hk, N]
     for _, k_cols, logits, weights, q_idx, k_idx in _fold_tiles(grid, lse):
         for head in range(grid.q.shape[2]):

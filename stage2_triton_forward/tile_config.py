@@ -6,7 +6,7 @@ are for GPUs that nobody has searched on: small enough for the shared memory of 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -129,18 +129,28 @@ def forward_config(q: Tensor, head_dim_v: int, guarded: bool, has_dropout: bool,
     """
     if chosen("forward") is not None:
         return chosen("forward")
-    rows = of_width(_tables(), max(q.shape[3], head_dim_v))
-    if q.dtype == torch.float32:
+    batch, n_heads, n_q, head_dim = q.shape
+    call = (batch * n_heads, n_q, max(head_dim, head_dim_v), guarded, has_dropout, storing)
+    return _forward_config(architecture(), q.dtype, q.device, *call)
+
+
+@lru_cache(maxsize=4096)
+def _forward_config(
+    arch: int | None, dtype: torch.dtype, device: torch.device, n_heads: int, n_q: int, width: int, guarded: bool,
+    has_dropout: bool, storing: bool,
+) -> TileConfig:  # fmt: skip
+    """Return the config of the forward loop for `n_heads` heads of all batches; see `forward_config`."""
+    rows = of_width(_table(arch), width)
+    if dtype == torch.float32:
         return rows.fp32
     if has_dropout:
         return rows.dropout
-    if q.shape[2] <= _SHORT:
+    if n_q <= _SHORT:
         return rows.short
     if storing:
         return rows.storing
-    batch, n_heads, n_q, _ = q.shape
-    n_programs = batch * n_heads * triton.cdiv(n_q, rows.plain.block_m)
-    return rows.guarded if guarded or n_programs <= 2 * _multiprocessors(q.device) else rows.plain
+    n_programs = n_heads * triton.cdiv(n_q, rows.plain.block_m)
+    return rows.guarded if guarded or n_programs <= 2 * _multiprocessors(device) else rows.plain
 
 
 @cache
@@ -168,9 +178,8 @@ def of_width(table: dict, width: int):
     return table[min(limit for limit in table if limit >= width)]
 
 
-def _tables() -> dict[int, Rows]:
-    """Return the configs of the GPU that kernels are compiled for."""
-    arch = architecture()
+def _table(arch: int | None) -> dict[int, Rows]:
+    """Return the configs of an architecture."""
     if arch is None:
         return _INTERPRETED
     return _HOPPER if arch == 90 else _TURING if arch < 80 else _ANY_GPU
@@ -183,10 +192,11 @@ def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: 
     values for. Where all are alike there is nothing to balance, and one group of heads at a time reads L2 best; so it
     does where a hook stores scores, which pass through L2 and drive keys out.
     """
-    group = n_heads // k.shape[1]
+    _, n_kv_heads, n_k, head_dim = k.shape
+    group = n_heads // n_kv_heads
     if storing or not rows_differ:
         return group
-    bytes_per_kv_head = k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    bytes_per_kv_head = n_k * (head_dim + v.shape[3]) * k.element_size()
     return min(batch * n_heads, max(1, _L2_SHARE // max(bytes_per_kv_head, 1)) * group)
 
 
@@ -202,6 +212,13 @@ def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
     return 1 << (parts.bit_length() - 1)
 
 
-def merge_warps(n_splits: int) -> int:
-    """Return the warps that merge one row."""
-    return 4 if n_splits >= 16 else 1
+class Warps(NamedTuple):
+    """What a launch without tiles to choose needs to know."""
+
+    num_warps: int
+    num_stages: int = 3
+
+
+def merge_config(n_splits: int) -> Warps:
+    """Return the config of the kernel that merges one row of `n_splits` parts."""
+    return Warps(4 if n_splits >= 16 else 1)

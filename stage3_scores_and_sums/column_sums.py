@@ -4,48 +4,48 @@ import torch
 import triton
 from torch import Tensor
 
-from stage1_pytorch_tiled.tiled_forward import Window
-from stage2_triton_forward.launch import (
-    default_scale,
-    describe_logits,
-    describe_tiles,
-    descriptor,
-    device_of,
-    key_mask,
-    readable,
-    signed,
-)
+from stage1_pytorch_tiled.setting import FULL, Setting
+from stage1_pytorch_tiled.visibility import visible_sides
+from stage2_triton_forward.describe import describe_loop, descriptor, readable, signed
+from stage2_triton_forward.launcher import launch
 
 from .column_sum_kernel import Region, column_sum_kernel
 from .hooks import add_weights
 from .tile_config import column_sum_config
 
 
-def softmax_col_sum(q: Tensor, k: Tensor, lse: Tensor, *args, per_query_head: bool = False, **options) -> Tensor:
+def softmax_col_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    setting: Setting = FULL,
+    *,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    k_stop: int | None = None,
+    per_query_head: bool = False,
+    stored: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Sum each key's softmax weight over the queries.
 
-    Args:
-        q, k, lse and the others: as in `fold_columns`.
-        per_query_head: keep the heads of a group apart.
+    Args: as in `fold_columns`.
 
     Returns:
         [B, Hk, k_stop] fp32, or [B, Hq, k_stop] with per_query_head.
     """
-    return fold_columns(q, k, lse, add_weights, 0.0, *args, per_query_head=per_query_head, additive=True, **options)
+    region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop, "per_query_head": per_query_head}
+    return fold_columns(q, k, lse, setting, add_weights, 0.0, **region, additive=True, stored=stored, out=out)
 
 
 def fold_columns(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    setting: Setting,
     fold: triton.JITFunction,
-    start: float,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    start: float = 0.0,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    key_padding_mask: Tensor | None = None,
     q_begin: int = 0,
     q_stop: int | None = None,
     k_stop: int | None = None,
@@ -57,7 +57,7 @@ def fold_columns(
     """Fold the columns of logits and weights, with each key tile in the hands of one program.
 
     Args:
-        q, k, causal, sm_scale, window, softcap, key_padding_mask: as in the forward pass.
+        q, k, setting: as in the forward pass; its sinks are in the lse.
         lse: [B, Hq, M] fp32, from the forward pass on the same inputs.
         fold: `@triton.jit` (acc, logits, weights, q_idx, k_idx) -> acc, see `hooks.add_weights`.
         start: what acc starts with.
@@ -82,28 +82,26 @@ def fold_columns(
     if out.numel() == 0 or q_begin >= q_stop:
         return out.fill_(start)
     parts = out if heads == group or per_query_head else out.new_empty(batch, n_heads, k_stop)
-    mask = key_mask(n_q, n_k, causal, window, key_padding_mask, placeholder=out)
-    with device_of(q):
-        column_sum_kernel[(batch * n_heads // heads, n_tiles)](
-            descriptor(signed(q, sm_scale), config.block_m),
-            descriptor(k, config.block_n),
-            readable(lse, out),
-            readable(stored, out),
-            parts,
-            mask,
-            describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),
-            describe_tiles(q, k, q.shape[3], config),
-            Region(q_begin, q_stop, k_stop),
-            float(start),
-            N_HEADS=n_heads,
-            HEADS=heads,
-            HAS_TAIL=mask.HAS_LEFT.value or (q_stop - q_begin) % config.block_m != 0,
-            STORED=stored is not None,
-            ADDITIVE=additive,
-            FOLD=fold,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    left, _ = visible_sides(setting.causal, setting.window)
+    launch(
+        column_sum_kernel,
+        (batch * n_heads // heads, n_tiles),
+        config,
+        descriptor(signed(q, setting), config.block_m),
+        descriptor(k, config.block_n),
+        readable(lse),
+        readable(stored),
+        parts,
+        describe_loop(q, k, q.shape[3], setting._replace(dropout_p=0.0), config),
+        Region(q_begin, q_stop, k_stop),
+        float(start),
+        N_HEADS=n_heads,
+        HEADS=heads,
+        HAS_TAIL=left is not None or (q_stop - q_begin) % config.block_m != 0,
+        STORED=stored is not None,
+        ADDITIVE=additive,
+        FOLD=fold,
+    )
     if parts is not out:
         torch.sum(parts.view(batch, n_kv_heads, group, k_stop), 2, out=out)
     return out

@@ -1,7 +1,7 @@
 """Attention with its scores, sums and statistics: allocates outputs, and runs the loops with the hooks that fill them.
 
-Every function takes q [B, Hq, M, D], k and v [B, Hk, N, D] and, as `options`, window, softcap, sinks, key_padding_mask
-and room for results (`out`, `lse`) as `stage2_triton_forward.launch.forward` does. Inputs are taken as valid.
+Every function takes q [B, Hq, M, D], k and v [B, Hk, N, D], a Setting, and room for results: `out` and `lse` as
+`stage2_triton_forward.launch.forward` does, and what it returns beside. Inputs are taken as valid.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
+from stage1_pytorch_tiled.setting import FULL, Setting
+from stage2_triton_forward.describe import describable, describe_logits, readable
 from stage2_triton_forward.hook import constant, make_hook
-from stage2_triton_forward.launch import describable, describe_logits, forward, readable
+from stage2_triton_forward.launch import forward
 from stage2_triton_forward.split_kv import attention_forward
 
 from . import hooks
@@ -25,16 +27,14 @@ def attention_with_scores(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    setting: Setting = FULL,
     *,
     q_begin: int = 0,
     k_stop: int | None = None,
-    scores: Tensor | None = None,
     compute_output: bool = True,
-    **options,
+    scores: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, lse, and the scores of queries q_begin on and keys before k_stop, in q's dtype, 0 where masked.
 
@@ -45,22 +45,22 @@ def attention_with_scores(
     scores = q.new_empty(batch, n_heads, max(n_q - q_begin, 0), k_stop) if scores is None else scores
     in_turn = {"rows": hooks.long_and_short}
     whole = q_begin == 0 and k_stop == k.shape[2]
-    if whole and describable(scores, copy=False) is scores:
+    if whole and describable(scores) is scores:
         hook = make_hook((), on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async, **in_turn)
-        options = options | {"hook": hook, "hook_tensor": scores}
+        hook_tensor = scores
     else:
         args = (scores, q_begin, n_q, k_stop)
         hook = make_hook(args, on_logits=hooks.store_logits, finish=hooks.store_zeros, **in_turn)
-        options = options | {"hook": hook}
-    output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, compute_output=compute_output, **options)
+        hook_tensor = None
+    output, lse = forward(
+        *(q, k, v, setting), hook=hook, hook_tensor=hook_tensor, compute_output=compute_output, out=out, lse=lse
+    )
     return output, lse, scores
 
 
-def compute_attention_scores(
-    q: Tensor, k: Tensor, causal: bool = False, sm_scale: float | None = None, **options
-) -> Tensor:
+def compute_attention_scores(q: Tensor, k: Tensor, setting: Setting = FULL) -> Tensor:
     """Return the scores [B, Hq, M, N] alone: the same loop with the softmax and the output left out."""
-    *_, scores = attention_with_scores(q, k, k, causal, sm_scale, compute_output=False, **options)
+    *_, scores = attention_with_scores(q, k, k, setting, compute_output=False)
     return scores
 
 
@@ -68,14 +68,12 @@ def attention_with_row_sum(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    setting: Setting = FULL,
     *,
     algorithm: str = "linear",
     row_sum: Tensor | None = None,
-    **options,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, lse and raw row sums [B, Hq, M] fp32.
 
@@ -83,13 +81,12 @@ def attention_with_row_sum(
         algorithm: "linear" (in O(N·D), beside the loop) or "kahan" (in the loop, with compensated summation).
         row_sum: [B, Hq, M] fp32, where to.
     """
-    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
     row_sum = q.new_empty(q.shape[:3], dtype=torch.float32) if row_sum is None else row_sum
     if algorithm == "linear":
-        add_up = partial(linear_row_sum, q, k, causal, sm_scale, out=row_sum, **_masks(options))
-        return _side_by_side(partial(attention_forward, *attend, **options), add_up, row_sum)
+        attend = partial(attention_forward, q, k, v, setting, out=out, lse=lse)
+        return _side_by_side(attend, partial(linear_row_sum, q, k, setting, out=row_sum), row_sum)
     functions = {"start": hooks.start_row_sum, "on_logits": hooks.add_row_sum, "finish": hooks.store_row_sum}
-    output, lse = forward(*attend, hook=make_hook((row_sum, q.shape[2]), **functions), **options)
+    output, lse = forward(q, k, v, setting, hook=make_hook((row_sum, q.shape[2]), **functions), out=out, lse=lse)
     return output, lse, row_sum if k.numel() else row_sum.zero_()
 
 
@@ -97,16 +94,14 @@ def attention_with_col_sum(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    setting: Setting = FULL,
     *,
     algorithm: str = "linear",
     q_begin: int = 0,
     k_stop: int | None = None,
     col_sum: Tensor | None = None,
-    **options,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, lse and raw column sums [B, Hk, k_stop] fp32 over the queries from q_begin on.
 
@@ -115,20 +110,19 @@ def attention_with_col_sum(
             "atomic_reverse" (last key first under a causal mask, else round robin) or "atomic_round_robin".
         col_sum: [B, Hk, k_stop] fp32, where to.
     """
-    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
     k_stop = k.shape[2] if k_stop is None else k_stop
     col_sum = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if col_sum is None else col_sum
     if algorithm == "linear":
-        region = {"q_begin": q_begin, "k_stop": k_stop, "out": col_sum}
-        add_up = partial(linear_col_sum, q, k, causal, sm_scale, **region, **_masks(options))
-        return _side_by_side(partial(attention_forward, *attend, **options), add_up, col_sum)
-    backwards = causal and algorithm == "atomic_reverse"
+        attend = partial(attention_forward, q, k, v, setting, out=out, lse=lse)
+        add_up = partial(linear_col_sum, q, k, setting, q_begin=q_begin, k_stop=k_stop, out=col_sum)
+        return _side_by_side(attend, add_up, col_sum)
+    backwards = setting.causal and algorithm == "atomic_reverse"
     hook = make_hook(
         (col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop),
         order=hooks.reversed_order if backwards else hooks.round_robin,
         on_logits=hooks.add_col_sum_atomic,
     )
-    output, lse = forward(*attend, hook=hook, **options)
+    output, lse = forward(q, k, v, setting, hook=hook, out=out, lse=lse)
     return output, lse, col_sum
 
 
@@ -136,10 +130,7 @@ def attention_with_softmax_col_sum(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    setting: Setting = FULL,
     *,
     q_begin: int = 0,
     q_stop: int | None = None,
@@ -148,7 +139,8 @@ def attention_with_softmax_col_sum(
     buffered: bool = False,
     scores: Tensor | None = None,
     col_sum: Tensor | None = None,
-    **options,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, lse and softmax column sums [B, Hk, k_stop] fp32 over the queries q_begin to q_stop.
 
@@ -159,59 +151,46 @@ def attention_with_softmax_col_sum(
         scores: where to keep them.
         col_sum: [B, Hk, k_stop] fp32, where to.
     """
-    attend = (q, k, v, causal, sm_scale, dropout_p, seed)
-    region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop}
     stored = None
     if buffered:
-        output, lse, stored = attention_with_scores(*attend, q_begin=q_begin, k_stop=k_stop, scores=scores, **options)
+        output, lse, stored = attention_with_scores(
+            *(q, k, v, setting), q_begin=q_begin, k_stop=k_stop, scores=scores, out=out, lse=lse
+        )
     else:
-        output, lse = attention_forward(*attend, **options)
-    masks = _masks(options) | {"softcap": options.get("softcap")}
+        output, lse = attention_forward(q, k, v, setting, out=out, lse=lse)
+    region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop}
     col_sum = softmax_col_sum(
-        q, k, lse, causal, sm_scale, **region, **masks, per_query_head=per_query_head, stored=stored, out=col_sum
+        *(q, k, lse, setting), **region, per_query_head=per_query_head, stored=stored, out=col_sum
     )
     return output, lse, col_sum
 
 
 def attention_with_stats(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
-    **options,
+    q: Tensor, k: Tensor, v: Tensor, setting: Setting = FULL
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, lse, and of each query its entropy, largest weight and mean distance, each [B, Hq, M] fp32."""
     n_q, n_k = q.shape[2], k.shape[2]
     stats = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)]
     functions = {"start": hooks.start_stats, "on_weights": hooks.add_stats, "finish": hooks.store_stats}
-    hook = make_hook((*stats, n_q, n_k - n_q), **functions)
-    output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, hook=hook, **options)
+    output, lse = forward(q, k, v, setting, hook=make_hook((*stats, n_q, n_k - n_q), **functions))
     return output, lse, *(stats if k.numel() else (x.zero_() for x in stats))
 
 
 def fold_rows(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    fold: triton.JITFunction,
-    start: float,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    *,
-    softcap: float | None = None,
-    **options,
+    q: Tensor, k: Tensor, lse: Tensor, setting: Setting, fold: triton.JITFunction, start: float = 0.0
 ) -> Tensor:
     """Fold each query's logits and weights in a second walk along its keys, [B, Hq, M] fp32; see `fold_columns`."""
     result = q.new_full(q.shape[:3], start, dtype=torch.float32)
-    args = RowFold(
-        readable(lse, result), result, float(start), q.shape[2], describe_logits(1.0, softcap, "ieee"), constant(fold)
-    )
+    capping = describe_logits(1.0, setting.softcap, "ieee")
+    args = RowFold(readable(lse), result, float(start), q.shape[2], capping, constant(fold))
     hook = make_hook(args, start=hooks.start_fold, on_logits=hooks.fold_row, finish=hooks.store_fold)
-    forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **options)
+    forward(q, k, k, second_pass(setting), hook=hook, compute_output=False)
     return result
+
+
+def second_pass(setting: Setting) -> Setting:
+    """Return what is left of a setting for a walk that only sees logits: the lse holds the sinks, the caller caps."""
+    return setting._replace(softcap=None, sinks=None, dropout_p=0.0)
 
 
 def _side_by_side(
@@ -233,8 +212,3 @@ def _side_by_side(
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _masks(options: dict) -> dict:
-    """Return the options that say who sees whom."""
-    return {name: options.get(name) for name in ("window", "key_padding_mask")}

@@ -5,44 +5,38 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stage1_pytorch_tiled.tiled_forward import Window
+from stage1_pytorch_tiled.setting import FULL, Setting
+from stage2_triton_forward.describe import descriptor, mask_sides, padded_head_dim, readable
 from stage2_triton_forward.hook import constant
-from stage2_triton_forward.launch import default_scale, descriptor, device_of, mask_sides, padded_head_dim, readable
+from stage2_triton_forward.launcher import TileDescriptor, launch
 
 from .linear_sum_kernel import Ends, Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
-from .tile_config import LinearSumConfig, linear_sum_config
+from .tile_config import LinearSumConfig, linear_sum_config, prefix_sum_config
 
 
 def linear_row_sum(
     q: Tensor,
     k: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    key_padding_mask: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return Σ_j s·q_i·k_j = s·q_i·(Σ_j k_j) over the keys j that query i sees, [B, Hq, M] fp32.
 
-    Args: q [B, Hq, M, D], k [B, Hk, N, D] and the mask as in `stage2_triton_forward.launch.forward`; out: where to.
+    Args: q [B, Hq, M, D], k [B, Hk, N, D] and setting as in `stage2_triton_forward.launch.forward`; out: where to.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    ends = key_ends(mask_sides(n_q, n_k, causal, window), n_k - n_q)
+    ends = key_ends(mask_sides(n_q, n_k, setting.causal, setting.window), n_k - n_q)
     out = q.new_empty(q.shape[:3], dtype=torch.float32) if out is None else out
-    return _interval_sums(q, k, ends, (0, n_k), key_padding_mask, False, default_scale(q, sm_scale), out)
+    return _interval_sums(q, k, ends, (0, n_k), setting, False, out)
 
 
 def linear_col_sum(
     q: Tensor,
     k: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    key_padding_mask: Tensor | None = None,
     q_begin: int = 0,
     k_stop: int | None = None,
     out: Tensor | None = None,
@@ -55,10 +49,10 @@ def linear_col_sum(
         [B, Hk, k_stop] fp32.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    ends = query_ends(mask_sides(n_q, n_k, causal, window), n_k - n_q)
+    ends = query_ends(mask_sides(n_q, n_k, setting.causal, setting.window), n_k - n_q)
     k_stop = n_k if k_stop is None else k_stop
     out = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if out is None else out
-    return _interval_sums(k, q, ends, (q_begin, n_q), key_padding_mask, True, default_scale(q, sm_scale), out)
+    return _interval_sums(k, q, ends, (q_begin, n_q), setting, True, out)
 
 
 def key_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int | None, int | None]:
@@ -76,7 +70,7 @@ def query_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int |
 class Chunks(NamedTuple):
     """Prefix sums of y, and all else that a kernel over its intervals needs."""
 
-    y_desc: TensorDescriptor
+    y_desc: TileDescriptor
     rows: Rows
     ends: Ends
     n_sums: int  # one for each key head
@@ -95,7 +89,7 @@ def summed_chunks(
     n_sums = min(x.shape[1], y.shape[1])
     config = linear_sum_config(y)
     padded = key_padding_mask is not None
-    padding = readable(key_padding_mask, y, torch.uint8)
+    padding = readable(key_padding_mask, torch.uint8)
     block_d = padded_head_dim(y.shape[3])
     constants = (padded and x_is_keys, padded and not x_is_keys, config.chunk, block_d, config.fp32_precision)
     n_keys = (x if x_is_keys else y).shape[2]
@@ -120,29 +114,29 @@ def summed_chunks(
     return Chunks(y_desc, rows, ends, n_sums, config)
 
 
-def _interval_sums(x, y, ends, counted, key_padding_mask, x_is_keys, scale, out):
+def _interval_sums(x, y, ends, counted, setting, x_is_keys, out):
     """Fill out [B, Hx, n] with scale·x_i·Σ y_t over i + ends[0] <= t < i + ends[1], t within `counted`."""
     if out.numel() == 0:
         return out
     if counted[0] >= counted[1] or y.numel() == 0:
         return out.zero_()
-    chunks = summed_chunks(x, y, ends, counted, key_padding_mask, x_is_keys)
+    chunks = summed_chunks(x, y, ends, counted, setting.key_padding_mask, x_is_keys)
     config, n_sums = chunks.config, chunks.n_sums
-    with device_of(x):
-        interval_sum_kernel[(triton.cdiv(out.shape[2], config.chunk), x.shape[0] * n_sums)](
-            descriptor(x, config.chunk),
-            chunks.y_desc,
-            out,
-            chunks.rows,
-            chunks.ends,
-            out.shape[2],
-            scale,
-            N_SUMS=n_sums,
-            X_GROUP=x.shape[1] // n_sums,
-            Y_HEADS=y.shape[1] // n_sums,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    launch(
+        interval_sum_kernel,
+        (triton.cdiv(out.shape[2], config.chunk), x.shape[0] * n_sums),
+        config,
+        descriptor(x, config.chunk),
+        chunks.y_desc,
+        out,
+        chunks.rows,
+        chunks.ends,
+        out.shape[2],
+        setting.scale(x.shape[3]),
+        N_SUMS=n_sums,
+        X_GROUP=x.shape[1] // n_sums,
+        Y_HEADS=y.shape[1] // n_sums,
+    )
     return out
 
 
@@ -153,11 +147,9 @@ def _prefix_sums(y, y_desc, rows, end, n_sums, config):
     block_d = rows.BLOCK_D.value
     sums = torch.empty(y.shape[0], n_sums, n_chunks, block_d, dtype=torch.float64, device=y.device)
     heads = y.shape[0] * n_sums
-    with device_of(y):
-        chunk_sum_kernel[(n_chunks, heads)](
-            y_desc, sums, rows, first, N_SUMS=n_sums, Y_HEADS=y.shape[1] // n_sums, num_warps=config.num_warps
-        )
-        prefix_sum_kernel[(heads, block_d // 16)](
-            sums, n_chunks, BLOCK=config.block, BLOCK_D=block_d, WIDTH=16, num_warps=4
-        )
+    of_heads = {"N_SUMS": n_sums, "Y_HEADS": y.shape[1] // n_sums}
+    launch(chunk_sum_kernel, (n_chunks, heads), config, y_desc, sums, rows, first, **of_heads)
+    prefix = prefix_sum_config()
+    of_columns = {"BLOCK": config.block, "BLOCK_D": block_d, "WIDTH": prefix.width}
+    launch(prefix_sum_kernel, (heads, block_d // prefix.width), prefix, sums, n_chunks, **of_columns)
     return sums, first

@@ -18,6 +18,14 @@ class LinearSumConfig(NamedTuple):
     block: int = 64  # chunks whose prefix sums are taken at once
 
 
+class PrefixSumConfig(NamedTuple):
+    """What the prefix sums of chunks need to know."""
+
+    width: int  # columns of a program
+    num_warps: int
+    num_stages: int
+
+
 _HOPPER = {64: TileConfig(64, 64, 4, 2), 128: TileConfig(64, 64, 4, 2), 256: TileConfig(64, 64, 4, 2)}
 _HOPPER_FP32 = TileConfig(32, 64, 4, 2, "tf32x3")
 _ANY_GPU = {64: TileConfig(32, 64, 4, 2), 128: TileConfig(32, 64, 4, 2), 256: TileConfig(16, 32, 4, 2)}
@@ -45,3 +53,8 @@ def linear_sum_config(x: Tensor) -> LinearSumConfig:
     if x.dtype == torch.float32:
         return LinearSumConfig(32, 4, 2, "tf32x3" if hopper else "ieee")
     return LinearSumConfig(64, 4, 2) if hopper and x.shape[3] <= 128 else LinearSumConfig(32, 4 if hopper else 8, 2)
+
+
+def prefix_sum_config() -> PrefixSumConfig:
+    """Return the config of the prefix sums."""
+    return PrefixSumConfig(width=16, num_warps=4, num_stages=3)

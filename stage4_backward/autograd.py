@@ -1,11 +1,10 @@
 """FlashAttention as `torch.autograd.Function`s: forward passes of stages 1 to 3, backward passes by recomputation."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stage1_pytorch_tiled.setting import Setting
 from stage1_pytorch_tiled.tiled_forward import tiled_attention
 
 from .gradients import Gradients
@@ -44,7 +43,7 @@ class _FlashAttentionFunc(torch.autograd.Function):
         flat = grad_output.ndim == 3
         if flat:
             *saved, grad_output = (x.unsqueeze(1) for x in (*saved, grad_output))
-        grads = cls.recompute(*saved, Gradients(output=grad_output), ctx.is_causal)[:3]
+        grads = cls.recompute(*saved, Gradients(output=grad_output), Setting(causal=ctx.is_causal))[:3]
         return *(x.squeeze(1) if flat else x for x in grads), None
 
 
@@ -57,7 +56,7 @@ class FlashAttentionPyTorchFunc(_FlashAttentionFunc):
 
     @staticmethod
     def attend(q, k, v, is_causal):
-        return tiled_attention(q, k, v, is_causal)
+        return tiled_attention(q, k, v, Setting(causal=is_causal))
 
     recompute = staticmethod(recompute_backward)
 
@@ -78,7 +77,7 @@ class FlashAttentionTritonFunc(_FlashAttentionFunc):
     def attend(q, k, v, is_causal):
         from stage2_triton_forward.split_kv import attention_forward
 
-        return attention_forward(q, k, v, is_causal)
+        return attention_forward(q, k, v, Setting(causal=is_causal))
 
     @staticmethod
     def recompute(*args):
@@ -94,33 +93,3 @@ class FlashAttentionTritonFunc(_FlashAttentionFunc):
     @once_differentiable
     def backward(ctx, grad_output):
         return FlashAttentionTritonFunc._backward(ctx, grad_output)
-
-
-class TiledAttentionFunc(torch.autograd.Function):
-    """Attention in PyTorch, with whatever the library returns beside it, made differentiable.
-
-    Args of apply, before q, k, v and sinks:
-        attend: () -> (output, lse, *statistics), to be differentiated.
-        statistic: the field of `Gradients` that the third result is, or None.
-        arguments: (causal, sm_scale, dropout_p, seed).
-        options: window, softcap and key_padding_mask.
-        region: q_begin and q_stop of column sums.
-    """
-
-    @staticmethod
-    def forward(ctx, attend: Callable, statistic, arguments, options, region, q, k, v, sinks):
-        results = attend()
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *results[:2], sinks)
-        ctx.statistic, ctx.arguments, ctx.options, ctx.region = statistic, arguments, options, region
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_lse, *grad_statistics):
-        q, k, v, output, lse, sinks = ctx.saved_tensors
-        if ctx.statistic is None and any(x is not None for x in grad_statistics):
-            raise NotImplementedError("attention_with_stats: entropy, max_weight and mean_distance have no gradient")
-        statistic = {ctx.statistic: grad_statistics[0]} if ctx.statistic else {}
-        grads = Gradients(grad_output, grad_lse, **statistic, **ctx.region)
-        results = recompute_backward(q, k, v, output, lse, grads, *ctx.arguments, sinks=sinks, **ctx.options)
-        return None, None, None, None, None, *results

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from stage1_pytorch_tiled.tiled_forward import TileGrid, Window, blocks, weight_tiles
+from stage1_pytorch_tiled.setting import FULL, Setting
+from stage1_pytorch_tiled.tiled_forward import TileGrid, blocks, weight_tiles
 
 from .gradients import Gradients
 
@@ -22,23 +23,15 @@ def recompute_backward(
     output: Tensor,
     lse: Tensor,
     grads: Gradients,
-    causal: bool = False,
-    sm_scale: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
     block_m: int = 64,
     block_n: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients of attention, and of its scores and sums, from q, k, v, the output and the lse.
 
     Args:
-        q, k, v, causal, sm_scale, dropout_p, seed, window, softcap, sinks, key_padding_mask: as in the forward pass,
-            [B, H, N, D].
+        q, k, v, setting: as in the forward pass, [B, H, N, D].
         output: [B, Hq, M, Dv], lse: [B, Hq, M]: its results.
         grads: of all that it returned.
         block_m, block_n: queries and keys in a tile.
@@ -48,7 +41,7 @@ def recompute_backward(
 
     Source: FlashAttention-2 (Dao 2023), eq. 13-19 and Algorithm 2.
     """
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     wide, heads = grid.wide, grid.q.shape[1:3]  # (Hk, G)
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
     grad_output = grad_output.to(wide).unflatten(1, heads)  # [B, Hk, G, M, Dv]
@@ -71,7 +64,7 @@ def recompute_backward(
         grad_rows = grad_output[..., q_rows, :]
         for tile in grid.tiles_of(q_rows):
             cols = tile.k_cols
-            factor = grid.dropout_factor(tile, dropout_p, seed) if dropout_p > 0 else None
+            factor = grid.dropout_factor(tile) if setting.dropout_p > 0 else None
             grad_logits, grad_v_tile = step(
                 tile.logits,
                 row_lse[..., q_rows, :],
@@ -81,14 +74,14 @@ def recompute_backward(
                 column_grads.of_weights(tile),
                 factor,
             )
-            if softcap is not None:
-                grad_logits = grad_logits * (1 - torch.tanh(tile.scores / softcap) ** 2)
+            if setting.softcap is not None:
+                grad_logits = grad_logits * (1 - torch.tanh(tile.scores / setting.softcap) ** 2)
             grad_logits = grad_logits + column_grads.of_scores(tile)
             grad_q[..., q_rows, :] += grad_logits @ grid.k[..., cols, :].to(wide)  # dQ += dS·K, eq. 18
             grad_k[..., cols, :] += (grad_logits.mT @ q_tile).sum(2)  # dK += dSᵀ·Q, eq. 19
             grad_v[..., cols, :] += grad_v_tile
     grad_q = (grad_q * grid.sm_scale).flatten(1, 2).to(q.dtype)
-    grad_sinks = None if sinks is None else grad_of_sinks(sinks, lse, delta.flatten(1, 2))
+    grad_sinks = None if setting.sinks is None else grad_of_sinks(setting.sinks, lse, delta.flatten(1, 2))
     return grad_q, (grad_k * grid.sm_scale).to(k.dtype), grad_v.to(v.dtype), grad_sinks
 
 

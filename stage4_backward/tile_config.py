@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, of_width
+from stage2_triton_forward.tile_config import TileConfig, Warps, architecture, chosen, of_width
 
 
 class Rows(NamedTuple):
@@ -45,3 +45,13 @@ def backward_configs(q: Tensor, head_dim_v: int) -> Rows:
         table = _HOPPER if arch == 90 else _ANY_GPU if arch >= 80 else _SMALL
     rows = of_width(table, max(q.shape[3], head_dim_v))
     return Rows(chosen("grad_q") or rows.grad_q, chosen("grad_kv") or rows.grad_kv)
+
+
+def interval_vector_config() -> Warps:
+    """Return the config of the sums of vectors over intervals."""
+    return Warps(num_warps=8, num_stages=1)
+
+
+def delta_config() -> Warps:
+    """Return the config of the kernel that computes delta."""
+    return Warps(num_warps=4)

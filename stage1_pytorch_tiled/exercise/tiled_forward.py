@@ -10,8 +10,8 @@ from torch import Tensor
 from stage1_pytorch_tiled.philox import keep_mask
 
 from .online_softmax import empty_state, finish, finite, online_softmax_step
-
-Window = int | tuple[int | None, int | None] | None
+from .setting import FULL, Setting
+from .visibility import visible_sides
 
 
 class LogitsTile(NamedTuple):
@@ -31,15 +31,8 @@ def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int = 0,
     block_m: int = 16,
     block_n: int = 16,
     on_logits: OnLogits | None = None,
@@ -50,14 +43,7 @@ def tiled_attention(
         q: [B, Hq, M, D] or [B, M, D], any floating dtype, any strides, any device.
         k: [B, Hk, N, D] or [B, N, D]; Hq is a multiple of Hk (grouped-query attention).
         v: [B, Hk, N, Dv] or [B, N, Dv].
-        causal: query i sees key j iff j <= i + N - M (aligned to the bottom-right corner).
-        sm_scale: factor on q·kᵀ; None means 1/sqrt(D).
-        window: w for |i + N - M - j| <= w, or (left, right) with None for unbounded.
-        softcap: logits become softcap·tanh(logits / softcap).
-        sinks: [Hq], one extra logit per head that takes part in the denominator only.
-        key_padding_mask: [B, N] bool, True for a real key.
-        dropout_p: probability of dropping a weight; acts on the output only.
-        seed: key of the Philox generator behind dropout.
+        setting: mask, scale, dropout and the like.
         block_m: queries in a tile.
         block_n: keys in a tile.
         on_logits: called with every visited LogitsTile, before the softmax sees it.
@@ -71,11 +57,11 @@ def tiled_attention(
     squeeze = q.ndim == 3
     if squeeze:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     v = v.unsqueeze(2)  # [B, Hk, 1, N, Dv]
     wide = grid.wide
     batch, n_kv_heads, group, n_q, _ = grid.q.shape
-    sink = None if sinks is None else sinks.to(wide).view(1, n_kv_heads, group, 1)
+    sink = None if setting.sinks is None else setting.sinks.to(wide).view(1, n_kv_heads, group, 1)
 
     output = q.new_empty(batch, n_kv_heads, group, n_q, v.shape[-1])
     lse = q.new_empty(batch, n_kv_heads, group, n_q, dtype=wide)
@@ -91,12 +77,8 @@ def tiled_softmax_col_sum(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    causal: bool = False,
-    sm_scale: float | None = None,
+    setting: Setting = FULL,
     *,
-    window: Window = None,
-    softcap: float | None = None,
-    key_padding_mask: Tensor | None = None,
     block_m: int = 16,
     block_n: int = 16,
     q_begin: int = 0,
@@ -109,7 +91,7 @@ def tiled_softmax_col_sum(
     One pass cannot do it: a weight needs its row's final normaliser, which the first pass returns as lse.
 
     Args:
-        q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n: as in the first pass.
+        q, k, setting, block_m, block_n: as in the first pass; its sinks are in the lse.
         lse: [B, Hq, M] or [B, M], from `tiled_attention` on the same inputs.
         q_begin, q_stop, k_stop: sum query rows q_begin:q_stop, for keys :k_stop; None means all.
         per_query_head: do not sum over the head group.
@@ -120,7 +102,7 @@ def tiled_softmax_col_sum(
     squeeze = q.ndim == 3
     if squeeze:
         q, k, lse = (x.unsqueeze(1) for x in (q, k, lse))
-    grid = TileGrid(q, k, causal, sm_scale, window, softcap, key_padding_mask, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m, block_n)
     col_sum = lse.new_zeros(*grid.q.shape[:3], k.shape[2] if k_stop is None else k_stop)  # [B, Hk, G, k_stop]
     for tile, weights in weight_tiles(grid, lse, q_begin, q_stop, k_stop):
         col_sum[..., tile.k_cols] += weights.sum(-2)
@@ -151,27 +133,16 @@ def weight_tiles(
 class TileGrid:
     """Cuts the M×N matrix of logits into tiles, and yields the visible ones of a block of queries."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        causal: bool = False,
-        sm_scale: float | None = None,
-        window: Window = None,
-        softcap: float | None = None,
-        key_padding_mask: Tensor | None = None,
-        block_m: int = 16,
-        block_n: int = 16,
-    ):
+    def __init__(self, q: Tensor, k: Tensor, setting: Setting = FULL, block_m: int = 16, block_n: int = 16):
         n_kv_heads = k.shape[1]
         self.q = q.unflatten(1, (n_kv_heads, q.shape[1] // n_kv_heads))  # [B, Hk, G, M, D]
         self.k = k.unsqueeze(2)  # [B, Hk, 1, N, D]
-        self.sm_scale = 1 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
-        self.softcap = softcap
-        self.key_padding_mask = key_padding_mask
+        self.setting = setting
+        self.sm_scale = setting.scale(q.shape[-1])
         self.block_m, self.block_n = block_m, block_n
         self.n_q, self.n_k = q.shape[2], k.shape[2]
-        self.left, self.right = window_bounds(causal, window)
+        sides = visible_sides(setting.causal, setting.window)
+        self.left, self.right = (math.inf if side is None else side for side in sides)
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def tiles_of(self, q_rows: slice, k_stop: int | None = None) -> Iterator[LogitsTile]:
@@ -191,29 +162,17 @@ class TileGrid:
         k_idx = torch.arange(k_cols.start, k_cols.stop, device=self.q.device)[None, :]
         return q_idx, k_idx
 
-    def dropout_factor(self, tile: LogitsTile, dropout_p: float, seed: int) -> Tensor:
+    def dropout_factor(self, tile: LogitsTile) -> Tensor:
         """Return 1 / (1 - p) for kept weights and 0 for dropped ones, [B, Hk, G, m, n]."""
         batch, n_kv_heads, group = self.q.shape[:3]
         batch_head = torch.arange(batch * n_kv_heads * group, device=self.q.device)
         batch_head = batch_head.view(batch, n_kv_heads, group, 1, 1)
         q_idx, k_idx = self.positions(tile.q_rows, tile.k_cols)
-        return keep_mask(seed, batch_head, q_idx, k_idx, dropout_p).to(self.wide) / (1 - dropout_p)
+        dropout_p = self.setting.dropout_p
+        return keep_mask(self.setting.seed, batch_head, q_idx, k_idx, dropout_p).to(self.wide) / (1 - dropout_p)
 
 
 def blocks(stop: int, block: int, begin: int = 0) -> Iterator[slice]:
     """Yield the slices that cut range(begin, stop) into blocks; the last may be shorter."""
     for start in range(begin, stop, block):
         yield slice(start, min(start + block, stop))
-
-
-def window_bounds(causal: bool, window: Window) -> tuple[float, float]:
-    """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left."""
-    left, right = window_sides(window)
-    left = math.inf if left is None else left
-    right = math.inf if right is None else right
-    return left, min(right, 0) if causal else right
-
-
-def window_sides(window: Window) -> tuple[int | None, int | None]:
-    """Return a window as (left, right), None for unbounded."""
-    return (window, window) if window is None or isinstance(window, int) else tuple(window)

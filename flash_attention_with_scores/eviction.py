@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ._score_cache import ScoreKeeping
 from .huggingface import NAME
+from .huggingface.score_keeping import ScoreKeeping
 from .policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
 
 __all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
@@ -104,7 +104,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def visible_keys(self, new: Tensor | None) -> Tensor | None:
-        """Say which keys are no padding, given which of the new tokens are not; see `_score_cache`."""
+        """Say which keys are no padding, given which of the new tokens are not; see `huggingface/score_keeping.py`."""
         if new is not None:
             older, newest = self.positions.split([self.positions.shape[-1] - new.shape[1], new.shape[1]], dim=-1)
             self.positions = torch.cat([older, newest.masked_fill(~new[:, None], PADDING)], dim=-1)
@@ -127,7 +127,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         self.score_store.add(sums, offset)
 
     def after_attention(self, query: Tensor, n_q: int) -> None:
-        """Evict, now that the pass's own queries have seen everything; see `_score_cache`."""
+        """Evict, now that the pass's own queries have seen everything; see `huggingface/score_keeping.py`."""
         self._unattended = 0
         self.evict()
 

@@ -1,4 +1,4 @@
-"""A cache for transformers' models that keeps no more keys than its budget, and the policies that choose them.
+"""A cache for transformers' models that keeps no more keys than its budget.
 
 After `replace_attention_with_flash(model)`, `model.generate(inputs, past_key_values=EvictingCache(model, H2O(), 256))`
 evicts as it goes. The attention of a forward pass sees everything that the cache held before it, and the pass's own
@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .huggingface import NAME
-from .huggingface.score_keeping import ScoreKeeping
-from .policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
-
-__all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
+from ..huggingface import NAME
+from ..huggingface.score_keeping import ScoreKeeping
+from .policies import PADDING, Policy
 
 Budget = int | float
 Budgets = Budget | list[Budget] | tuple[Budget, ...] | Callable[[int], Budget]

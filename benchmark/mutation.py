@@ -1,7 +1,7 @@
 """Mutation testing: changes one place of the code at a time, and counts the changes that no test notices.
 
     python -m benchmark.mutation --sample 300 --jobs 2
-    python -m benchmark.mutation --file eviction.py --sample 0
+    python -m benchmark.mutation --file eviction/cache.py --sample 0
 
 The heavy packages are imported once; each mutant is a copy of its package, tried in a forked process by the tests named
 for its file, until one fails. (mutmut leaves decorated functions alone, which all kernels are; cosmic-ray starts a

@@ -103,9 +103,9 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
         "test_library_gradients.py::test_checkpointing_draws_the_same_seed",
         *SUMS,
     ],
-    "flash_attention_with_scores/_hf_attention.py": HUGGINGFACE,
-    "flash_attention_with_scores/_hf_masks.py": HUGGINGFACE,
-    "flash_attention_with_scores/eviction.py": ["test_library_eviction.py", "test_stage5_eviction.py"],
+    "flash_attention_with_scores/huggingface/attention.py": HUGGINGFACE,
+    "flash_attention_with_scores/huggingface/masks.py": HUGGINGFACE,
+    "flash_attention_with_scores/eviction/cache.py": ["test_library_eviction.py", "test_stage5_eviction.py"],
     "flash_attention_with_scores/validation.py": [
         "test_library_api.py::test_bad_input_is_refused_by_name",
         "test_library_attention.py::test_bad_input_is_refused_by_name",
@@ -175,7 +175,7 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         NOTHING_DROPPED,
     ),
     (
-        "flash_attention_with_scores/eviction.py",
+        "flash_attention_with_scores/eviction/cache.py",
         "EvictingLayer.evict",
         "n_kept = 0 if self.positions is None else self.positions.shape[-1]",
         "n_kept = (-1) if self.positions is None else self.positions.shape[-1]",
@@ -196,7 +196,7 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         NO_GRAPH,
     ),
     (
-        "flash_attention_with_scores/_hf_masks.py",
+        "flash_attention_with_scores/huggingface/masks.py",
         "_is_causal",
         'windows = [part for part in parts if part.__qualname__ == "sliding_window_overlay.<locals>.inner_mask"]',
         'windows = [part for part in parts if part.__qualname__ != "sliding_window_overlay.<locals>.inner_mask"]',

@@ -11,7 +11,8 @@ from benchmark.plots import PICTURES, digest, digest_in, draw
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("stage*/README.md")), ROOT / "flash_attention_with_scores/README.md"]
+LESSONS = [*sorted(ROOT.glob("stage*/README.md")), ROOT / "flash_attention_with_scores/eviction/README.md"]
+PAGES = [ROOT / "README.md", *LESSONS]
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NAIVE = "naive PyTorch with scores"
 PEERS = ("cuDNN", "SDPA-FA2", "FlexAttention")

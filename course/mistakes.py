@@ -51,7 +51,7 @@ RECOMPUTE = "stage4_backward/recompute_pytorch.py"
 BACKWARD = "stage4_backward/launch.py"
 GRAD_TILES = "stage4_backward/grad_tiles.py"
 GRAD_KV_KERNEL = "stage4_backward/grad_kv_kernel.py"
-POLICIES = "flash_attention_with_scores/policies.py"
+POLICIES = "flash_attention_with_scores/eviction/policies.py"
 
 MISTAKES = [
     Mistake(

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from course.tasks import ROOT, all_tasks
+from course.tasks import EXERCISES, ROOT, all_tasks
 
 DIGESTS = "course/shipped.json"
 COMMAND = "uv run python -m course.shipped"
@@ -21,7 +21,8 @@ COMMAND = "uv run python -m course.shipped"
 
 def exercise_files() -> dict[str, Path]:
     """Return the exercise files that are here, by their path relative to the repository."""
-    return {file.relative_to(ROOT).as_posix(): file for file in sorted(ROOT.glob("*/exercise/*.py"))}
+    files = sorted(file for folder in EXERCISES for file in ROOT.glob(f"{folder}/*.py"))
+    return {file.relative_to(ROOT).as_posix(): file for file in files}
 
 
 def digests() -> dict[str, str]:

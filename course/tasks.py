@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent  # where the stages lie
+EXERCISES = ("stage*/exercise", "flash_attention_with_scores/*/exercise")  # the folders of exercises, within ROOT
 
 
 class Task(NamedTuple):
@@ -44,7 +45,8 @@ def all_tasks() -> list[Task]:
     """Return the tasks of every stage that has exercises, in the order of the course."""
     tasks = [
         Task(folder=file.parent.relative_to(ROOT).as_posix(), **entry)
-        for file in ROOT.glob("*/exercise/tasks.toml")
+        for folder in EXERCISES
+        for file in ROOT.glob(f"{folder}/tasks.toml")
         for entry in tomllib.loads(file.read_text(encoding="utf-8"))["task"]
     ]
     return sorted(tasks, key=lambda task: [int(number) for number in task.id.split(".")])

@@ -35,7 +35,7 @@ def pytest_addoption(parser):
         "--impl",
         choices=["reference", "exercise"],
         default="reference",
-        help="grade the course's own code, or the learner's files under */exercise/",
+        help="grade the course's own code, or the learner's files in the folders exercise/",
     )
     parser.addoption(
         "--first-cases", action="store_true", help="of a test with many cases, run the first alone: a quick look at all"

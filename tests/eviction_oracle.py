@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from flash_attention_with_scores.policies import PADDING
+from flash_attention_with_scores.eviction.policies import PADDING
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -337,7 +337,8 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     name = "flash_attention_with_scores.heatmap"
-    monkeypatch.delitem(sys.modules, name)
+    for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
     with pytest.raises(ImportError, match=r"pip install 'flash-attention-with-scores\[heatmap\]'"):
         importlib.import_module(name)

@@ -21,13 +21,13 @@ from huggingface_models import (  # noqa: E402
 from transformers import DynamicCache, LogitsProcessor, StaticCache  # noqa: E402
 
 from course.largest_tensor import LargestTensor  # noqa: E402
-from flash_attention_with_scores._score_cache import keep_scores  # noqa: E402
 from flash_attention_with_scores.huggingface import (  # noqa: E402
     get_all_cumulative_scores,
     replace_attention_with_flash,
     reset_cumulative_scores,
     restore_attention,
 )
+from flash_attention_with_scores.huggingface.score_keeping import keep_scores  # noqa: E402
 
 LLAMA, GPT2, NEOX, QWEN2, GEMMA2, GPT_OSS = (
     next(name for name in CONFIGS if name.startswith(family))

@@ -10,8 +10,8 @@ from huggingface_models import eager_model, padding  # noqa: E402
 from transformers.masking_utils import causal_mask_function  # noqa: E402
 
 from flash_attention_with_scores import naive_attention  # noqa: E402
-from flash_attention_with_scores._hf_masks import make_mask, new_tokens, read_mask  # noqa: E402
 from flash_attention_with_scores.huggingface import replace_attention_with_flash  # noqa: E402
+from flash_attention_with_scores.huggingface.masks import make_mask, new_tokens, read_mask  # noqa: E402
 
 
 def bidirectional_mask_function(batch, head, q, k):

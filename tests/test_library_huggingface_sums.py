@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import Case, make_qkv
 
-from flash_attention_with_scores._masked_sums import attention_weights, masked_attention
+from flash_attention_with_scores.masked_sums import attention_weights, masked_attention
 from stage1_pytorch_tiled.dense import naive_attention
 
 CASE = Case(2, 4, 2, 6, 19, 16, True)

@@ -34,7 +34,7 @@ def test_figures_are_those_of_the_training_report():
         "stage2_triton_forward/README.md",
         "stage3_scores_and_sums/README.md",
         "stage4_backward/README.md",
-        "flash_attention_with_scores/README.md",
+        "flash_attention_with_scores/eviction/README.md",
         "course/text/README.md",
     ],
     ids=["front", "contributing", "lesson 1", "lesson 2", "lesson 3", "lesson 4", "lesson 5", "texts"],

@@ -16,7 +16,7 @@ POLICIES = {
 
 @pytest.fixture
 def policies(graded):
-    return graded("flash_attention_with_scores", "policies")
+    return graded("flash_attention_with_scores.eviction", "policies")
 
 
 def scores_and_positions(positions):

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from ._hf_masks import Sight, new_tokens, read_mask
-from ._masked_sums import attention_weights, masked_attention
-from ._score_cache import ScoreStore, keep_scores
+from ..masked_sums import attention_weights, masked_attention
+from .masks import Sight, new_tokens, read_mask
+from .score_keeping import ScoreStore, keep_scores
 
 WATCH = "_attn_with_scores"  # the attribute of an attention module that has its `Watch`
 _BIASES = ("head_mask", "position_bias", "attention_bias", "score_mod")

@@ -1,4 +1,4 @@
-"""A cache for transformers' models that keeps no more keys than its budget, and the policies that choose them.
+"""A cache for transformers' models that keeps no more keys than its budget.
 
 After `replace_attention_with_flash(model)`, `model.generate(inputs, past_key_values=EvictingCache(model, H2O(), 256))`
 evicts as it goes. The attention of a forward pass sees everything that the cache held before it, and the pass's own
@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ._score_cache import ScoreKeeping
-from .huggingface import NAME
-from .policies import CAB, H2O, PADDING, Full, Policy, Random, SnapKV, StreamingLLM
-
-__all__ = ["CAB", "H2O", "EvictingCache", "EvictingLayer", "Full", "Policy", "Random", "SnapKV", "StreamingLLM"]
+from ..huggingface import NAME
+from ..huggingface.score_keeping import ScoreKeeping
+from .policies import PADDING, Policy
 
 Budget = int | float
 Budgets = Budget | list[Budget] | tuple[Budget, ...] | Callable[[int], Budget]
@@ -104,7 +102,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def visible_keys(self, new: Tensor | None) -> Tensor | None:
-        """Say which keys are no padding, given which of the new tokens are not; see `_score_cache`."""
+        """Say which keys are no padding, given which of the new tokens are not; see `huggingface/score_keeping.py`."""
         if new is not None:
             older, newest = self.positions.split([self.positions.shape[-1] - new.shape[1], new.shape[1]], dim=-1)
             self.positions = torch.cat([older, newest.masked_fill(~new[:, None], PADDING)], dim=-1)
@@ -127,7 +125,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         self.score_store.add(sums, offset)
 
     def after_attention(self, query: Tensor, n_q: int) -> None:
-        """Evict, now that the pass's own queries have seen everything; see `_score_cache`."""
+        """Evict, now that the pass's own queries have seen everything; see `huggingface/score_keeping.py`."""
         self._unattended = 0
         self.evict()
 

@@ -1,9 +1,4 @@
-"""Hugging Face models whose attention keeps, of each key, the attention that it has had.
-
-`replace_attention_with_flash(model)` goes through transformers' own extension points: an attention function and a mask
-function registered under one name, forward hooks, and cache layers that keep scores beside their keys (so that beam
-search, cropping and several caches in turn are right). transformers 4.57 and 5 are supported.
-"""
+"""Switches a model's attention over and back, and reads the scores that its modules and caches keep."""
 
 import inspect
 from collections.abc import Callable
@@ -13,10 +8,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from ._hf_attention import WATCH, Requests, Watch, attention_with_kept_scores
-from ._hf_masks import make_mask
-from ._score_cache import ScoreKeeping
-from .validation import check_choice
+from ..validation import check_choice
+from .attention import WATCH, Requests, Watch, attention_with_kept_scores
+from .masks import make_mask
+from .score_keeping import ScoreKeeping
 
 NAME = "attn_with_scores"  # with "flash" in it transformers would take it for FlashAttention-2
 WEIGHTS_SLOTS = ("weights", "column_sums")

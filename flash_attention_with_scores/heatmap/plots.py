@@ -1,8 +1,4 @@
-"""Pictures of attention: one head's matrix with its sums, all heads side by side, and the order tiles are visited in.
-
-Every function builds a `matplotlib.figure.Figure` of its own and returns it: no pyplot, so nothing needs a display and
-nothing is kept alive. In a notebook, `%matplotlib inline` once, then the figure is the cell's value.
-"""
+"""The pictures: each function builds a figure out of what `drawing` draws, from what `checks` lets through."""
 
 import itertools
 import math
@@ -18,9 +14,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from flash_attention_with_scores import _heatmap_checks as checks
-from flash_attention_with_scores import _heatmap_drawing as drawing
-from flash_attention_with_scores._heatmap_drawing import BAR, MASKED, STRIP, STYLE
+from . import checks, drawing
+from .drawing import BAR, MASKED, STRIP, STYLE
 
 CAUSAL_BOUNDARY = "#e8590c"
 MAX_NUMBERED_TILES = 400

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from stage1_pytorch_tiled.tiled_forward import Window, window_sides
+from stage1_pytorch_tiled.setting import Setting
+from stage1_pytorch_tiled.visibility import Window
 
-from . import pytorch_backend
-from .problem import autocasted, checked_problem, kernels
-from .validation import check_backend, check_padding, check_qk, check_window
+from .problem import checked_problem
 
 
 def attention(
@@ -57,17 +56,16 @@ def attention(
 
     Source: FlashAttention-2 (Dao 2023), Algorithm 1; sinks as in gpt-oss (OpenAI 2025), softcap as in Gemma 2 (2024).
     """
-    problem = checked_problem(
-        q, k, v, causal, sm_scale, dropout_p, seed, backend,
-        window=window, softcap=softcap, sinks=sinks, key_padding_mask=key_padding_mask, descales=descales,
-        allow_fp8=True,
-    )  # fmt: skip
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend, descales=descales, allow_fp8=True)
     if return_total_attention:
         if q.dtype.itemsize == 1:
             raise ValueError(f"return_total_attention takes fp16, bf16, fp32 or fp64, got {q.dtype}")
-        output, lse, total = problem.run("attention_with_softmax_col_sum", per_query_head=True)
+        output, lse, total = runs.attention_with_softmax_col_sum(q, k, v, setting, per_query_head=True)
         return (output, lse, total) if return_lse else (output, total)
-    output, lse = problem.attend(None if descales is None else _fold_descales(descales, q.device))
+    if descales is not None:
+        setting = setting._replace(descale=_fold_descales(descales, q.device))
+    output, lse = runs.attention(q, k, v, setting)
     return (output, lse) if return_lse else output
 
 
@@ -100,11 +98,9 @@ def attention_with_scores(
 
     Source: FlashAttention-2 (Dao 2023), Algorithm 1, with the tile of S kept.
     """
-    problem = checked_problem(
-        q, k, v, causal, sm_scale, dropout_p, seed, backend,
-        window=window, softcap=softcap, sinks=sinks, key_padding_mask=key_padding_mask,
-    )  # fmt: skip
-    output, _, scores = problem.run("attention_with_scores")
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
+    output, _, scores = runs.attention_with_scores(q, k, v, setting)
     return output, scores
 
 
@@ -129,16 +125,9 @@ def compute_attention_scores(
     Raises:
         TypeError, ValueError: as in `attention_with_scores`.
     """
-    q, k = autocasted(q, k)
-    check_qk(q, k, causal, sm_scale)
-    check_window(window)
-    check_padding(q, k, key_padding_mask)
-    if check_backend(backend, q, k) == "pytorch":
-        return pytorch_backend.compute_attention_scores(
-            q, k, causal, sm_scale, window=window, key_padding_mask=key_padding_mask
-        )
-    scale = None if sm_scale is None else float(sm_scale)
-    return kernels("ops").compute_attention_scores(q, k, causal, scale, *window_sides(window), key_padding_mask)
+    setting = Setting(causal, sm_scale, window=window, key_padding_mask=key_padding_mask)
+    q, k, _, setting, runs = checked_problem(q, k, k, setting, 0, backend)
+    return runs.compute_attention_scores(q, k, setting)
 
 
 def _fold_descales(descales: tuple, device: torch.device) -> Tensor:

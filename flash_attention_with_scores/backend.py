@@ -27,9 +27,7 @@ class Backend(Protocol):
         """Return output and lse."""
         ...
 
-    def attention_with_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, setting: Setting
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_with_scores(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
         """Return output, lse and scores [B, Hq, M, N]."""
         ...
 
@@ -95,9 +93,7 @@ class Backend(Protocol):
         """Return softmax column sums [B, Hk, N] (or Hq) alone, from the lse [B, Hq, M] of an earlier pass."""
         ...
 
-    def fold_rows(
-        self, q: Tensor, k: Tensor, lse: Tensor, setting: Setting, fold: Callable, start: float
-    ) -> Tensor:
+    def fold_rows(self, q: Tensor, k: Tensor, lse: Tensor, setting: Setting, fold: Callable, start: float) -> Tensor:
         """Fold each query's logits and weights, [B, Hq, M]."""
         ...
 

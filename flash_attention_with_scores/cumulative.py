@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from stage1_pytorch_tiled.visibility import Window
+
 from .api import attention
 from .sums import attention_with_softmax_col_sum
 from .validation import check_cumulative_scores, check_flag
@@ -17,7 +19,15 @@ def flash_attention_with_cumulative_scores(
     scale: float | None = None,
     *,
     causal: bool = False,
-    **options,
+    dropout_p: float = 0.0,
+    q_begin: int = 0,
+    q_stop: int | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention, and add the attention that each key gets to what it had before.
 
@@ -28,8 +38,7 @@ def flash_attention_with_cumulative_scores(
             0. None for the first call.
         scale: factor on q·kᵀ; None means 1/sqrt(D).
         causal: query i sees key j iff j <= i + N - M.
-        options: dropout_p, window, softcap, sinks, key_padding_mask, q_begin, q_stop, seed and backend, as in
-            `attention_with_softmax_col_sum`.
+        dropout_p and the others: as in `attention_with_softmax_col_sum`.
 
     Returns:
         output [B, Hq, M, Dv] in q's dtype, and the new cumulative scores [B, Hk, N]; the given ones stay as they are.
@@ -43,7 +52,17 @@ def flash_attention_with_cumulative_scores(
     """
     if cumulative_scores is not None:
         check_cumulative_scores(q, k, cumulative_scores)
-    output, sums = attention_with_softmax_col_sum(q, k, v, causal, scale, **options)
+    output, sums = attention_with_softmax_col_sum(
+        *(q, k, v, causal, scale, dropout_p),
+        q_begin=q_begin,
+        q_stop=q_stop,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        key_padding_mask=key_padding_mask,
+        seed=seed,
+        backend=backend,
+    )
     if cumulative_scores is None:
         return output, sums
     return output, sums + nn.functional.pad(cumulative_scores, (0, sums.shape[2] - cumulative_scores.shape[2]))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from stage1_pytorch_tiled import second_pass
@@ -37,9 +36,7 @@ def attention_with_scores(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> 
     return _run(statistics.SCORES, attend, q, k, v, setting)
 
 
-def attention_with_row_sum(
-    q: Tensor, k: Tensor, v: Tensor, setting: Setting, *, algorithm: str
-) -> tuple[Tensor, ...]:
+def attention_with_row_sum(q: Tensor, k: Tensor, v: Tensor, setting: Setting, *, algorithm: str) -> tuple[Tensor, ...]:
     """Return output, lse and raw row sums; there is one algorithm, the loop."""
 
     def attend(q, k, v, setting, algorithm):
@@ -165,7 +162,13 @@ def _attend(
 
 
 def _run(
-    statistic: Statistic, attend: Callable[..., tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor, setting: Setting, **own
+    statistic: Statistic,
+    attend: Callable[..., tuple[Tensor, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    setting: Setting,
+    **own,
 ) -> tuple[Tensor, ...]:
     """Run a function of attention, and remember how to differentiate it where that is wanted."""
     call = partial(attend, q, k, v, setting, **own)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import pytorch_backend
-from .problem import checked_problem, kernels
-from .validation import check_flag, check_fold, check_number
+from stage1_pytorch_tiled.setting import Setting
+from stage1_pytorch_tiled.visibility import Window
+
+from .problem import checked_problem
+from .validation import check_flag, check_number
 
 
 class AttentionStats(NamedTuple):
@@ -37,14 +39,17 @@ def attention_with_stats(
     sm_scale: float | None = None,
     dropout_p: float = 0.0,
     *,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> AttentionStats:
     """Compute attention and, of each query, entropy, largest weight and mean distance, in one pass over the tiles.
 
     Args:
-        q, k, v and the others, with the options window, softcap, sinks and key_padding_mask: as in `attention`.
+        q, k, v and the others: as in `attention`.
 
     Returns:
         AttentionStats. Statistics are of the weights before dropout; with a sink these add up to less than 1.
@@ -52,8 +57,9 @@ def attention_with_stats(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range; the message names it.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
-    return AttentionStats(*problem.run("attention_with_stats"))
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
+    return AttentionStats(*runs.attention_with_stats(q, k, v, setting))
 
 
 def attention_with_reduction(
@@ -69,9 +75,12 @@ def attention_with_reduction(
     row_start: float = 0.0,
     col_start: float = 0.0,
     per_query_head: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> AttentionReduction:
     """Compute attention, and reduce its rows and columns by functions of your own, without ever holding the matrix.
 
@@ -87,7 +96,7 @@ def attention_with_reduction(
     Tiles come in order, those that are masked altogether may be left out, and a fold must not mind masked elements.
 
     Args:
-        q, k, v and the others, with the options window, softcap, sinks and key_padding_mask: as in `attention`.
+        q, k, v and the others: as in `attention`.
         row, col: `@triton.jit` functions (backend="pytorch": plain functions of tensors), or None.
         row_start, col_start: what acc is before the first tile.
         per_query_head: fold the columns of each query head apart, and not those of a head group into one.
@@ -98,24 +107,18 @@ def attention_with_reduction(
     Raises:
         TypeError, ValueError: as in `attention_with_stats`; a fold is not jitted or does not take five arguments.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     check_flag("per_query_head", per_query_head)
     for name, fold, start in (("row", row, row_start), ("col", col, col_start)):
         check_number(f"{name}_start", start)
         if fold is not None:
-            check_fold(name, fold, problem.backend)
-    masks = {name: problem.options[name] for name in ("window", "softcap", "key_padding_mask")}
-    arguments = (problem.causal, problem.sm_scale)
-    output, lse = problem.attend()
-    if problem.backend == "pytorch":
-        fold_rows = fold_columns = pytorch_backend
-    else:
-        fold_rows, fold_columns = kernels("launch"), kernels("column_sums")
+            runs.check_fold(name, fold)
+    output, lse = runs.attention(q, k, v, setting)
     rows = columns = None
     with torch.no_grad():
         if row is not None:
-            rows = fold_rows.fold_rows(problem.q, problem.k, lse, row, row_start, *arguments, **masks)
+            rows = runs.fold_rows(q, k, lse, setting, row, row_start)
         if col is not None:
-            masks["per_query_head"] = per_query_head
-            columns = fold_columns.fold_columns(problem.q, problem.k, lse, col, col_start, *arguments, **masks)
+            columns = runs.fold_columns(q, k, lse, setting, col, col_start, per_query_head=per_query_head)
     return AttentionReduction(output, rows, columns)

@@ -8,7 +8,12 @@ weights before dropout; what a mask hides adds nothing. Sums are fp32 (fp64 for 
 import torch
 from torch import Tensor
 
-from .problem import Problem, checked_problem
+from stage1_pytorch_tiled.setting import Setting
+from stage1_pytorch_tiled.visibility import Window
+from stage4_backward.differentiable import needs_gradients
+
+from .backend import Room
+from .problem import checked_problem
 from .validation import check_buffer, check_choice, check_flag, check_split
 from .workspace import buffer
 
@@ -25,9 +30,12 @@ def attention_with_row_sum(
     dropout_p: float = 0.0,
     *,
     algorithm: str = "linear",
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and, of each query, the sum of its raw scores.
 
@@ -42,9 +50,10 @@ def attention_with_row_sum(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range; the message names it.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     check_choice("algorithm", algorithm, ROW_SUM_ALGORITHMS)
-    output, _, row_sum = problem.run("attention_with_row_sum", algorithm=algorithm)
+    output, _, row_sum = runs.attention_with_row_sum(q, k, v, setting, algorithm=algorithm)
     return output, row_sum
 
 
@@ -57,9 +66,12 @@ def attention_with_col_sum(
     dropout_p: float = 0.0,
     *,
     algorithm: str = "linear",
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and, of each key, the sum of its raw scores over queries and over the head group.
 
@@ -76,9 +88,10 @@ def attention_with_col_sum(
     Raises:
         TypeError, ValueError: as in `attention_with_row_sum`.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     check_choice("algorithm", algorithm, COL_SUM_ALGORITHMS)
-    output, _, col_sum = problem.run("attention_with_col_sum", algorithm=algorithm)
+    output, _, col_sum = runs.attention_with_col_sum(q, k, v, setting, algorithm=algorithm)
     return output, col_sum
 
 
@@ -89,10 +102,25 @@ def attention_with_col_sum_sequential(
     causal: bool = False,
     sm_scale: float | None = None,
     dropout_p: float = 0.0,
-    **options,
+    *,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention_with_col_sum` with algorithm="atomic_round_robin": the same sums, atomically."""
-    return attention_with_col_sum(q, k, v, causal, sm_scale, dropout_p, algorithm="atomic_round_robin", **options)
+    return attention_with_col_sum(
+        *(q, k, v, causal, sm_scale, dropout_p),
+        algorithm="atomic_round_robin",
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        key_padding_mask=key_padding_mask,
+        seed=seed,
+        backend=backend,
+    )
 
 
 def attention_with_softmax_col_sum(
@@ -105,9 +133,12 @@ def attention_with_softmax_col_sum(
     *,
     q_begin: int = 0,
     q_stop: int | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and the attention that each key gets, over queries and over the head group.
 
@@ -126,7 +157,8 @@ def attention_with_softmax_col_sum(
 
     Source: H2O (Zhang et al. 2023) and SnapKV (Li et al. 2024) choose what to keep by such sums.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     q_stop = q.shape[2] if q_stop is None else q_stop
     if any(isinstance(x, bool) or not isinstance(x, int) for x in (q_begin, q_stop)):
         raise TypeError(f"q_begin and q_stop must be ints, got {q_begin!r} and {q_stop!r}")
@@ -134,7 +166,7 @@ def attention_with_softmax_col_sum(
         raise ValueError(
             f"q_begin and q_stop must be 0 <= q_begin <= q_stop <= {q.shape[2]}, got {q_begin} and {q_stop}"
         )
-    output, _, col_sum = problem.run("attention_with_softmax_col_sum", q_begin=q_begin, q_stop=q_stop)
+    output, _, col_sum = runs.attention_with_softmax_col_sum(q, k, v, setting, q_begin=q_begin, q_stop=q_stop)
     return output, col_sum
 
 
@@ -151,9 +183,12 @@ def attention_cross_token_qk_sum(
     out: Tensor | None = None,
     cross_token_qk_out: Tensor | None = None,
     reuse_buffers: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and, of each key before `split`, the sum of its raw scores with the queries from `split` on.
 
@@ -173,9 +208,12 @@ def attention_cross_token_qk_sum(
         TypeError, ValueError: as in `attention_with_row_sum`; a buffer is of the wrong kind or overlaps an input.
     """
     check_choice("algorithm", algorithm, COL_SUM_ALGORITHMS)
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_qk_out": cross_token_qk_out}
-    return _cross_token(problem, split, "attention_with_col_sum", given, reuse_buffers, algorithm=algorithm)
+    region, room = _cross_token("qk", q, k, v, setting, split, given, reuse_buffers)
+    output, _, sums = runs.attention_with_col_sum(q, k, v, setting, algorithm=algorithm, **region, room=room)
+    return output, sums
 
 
 def attention_cross_token_softmax_sum(
@@ -190,9 +228,12 @@ def attention_cross_token_softmax_sum(
     out: Tensor | None = None,
     cross_token_softmax_out: Tensor | None = None,
     reuse_buffers: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and the attention that each key before `split` gets from the queries from `split` on.
 
@@ -208,9 +249,12 @@ def attention_cross_token_softmax_sum(
     Raises:
         TypeError, ValueError: as in `attention_cross_token_qk_sum`.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
-    return _cross_token(problem, split, "attention_with_softmax_col_sum", given, reuse_buffers)
+    region, room = _cross_token("softmax", q, k, v, setting, split, given, reuse_buffers)
+    output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, room=room)
+    return output, sums
 
 
 def attention_cross_token_softmax_sum_buffered(
@@ -225,9 +269,12 @@ def attention_cross_token_softmax_sum_buffered(
     out: Tensor | None = None,
     cross_token_softmax_out: Tensor | None = None,
     reuse_buffers: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     seed: int | None = None,
     backend: str | None = None,
-    **options,
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention_cross_token_softmax_sum`, keeping the region's scores between its two passes.
 
@@ -235,16 +282,30 @@ def attention_cross_token_softmax_sum_buffered(
     costs less than writing and reading them. They are kept in q's dtype, so that in fp16 and bf16 each weight, and with
     it the sum, is off by the rounding of its score. The PyTorch backend keeps nothing.
     """
-    problem = checked_problem(q, k, v, causal, sm_scale, dropout_p, seed, backend, **options)
+    setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
+    q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
-    return _cross_token(problem, split, "attention_with_softmax_col_sum", given, reuse_buffers, buffered=True)
+    region, room = _cross_token("softmax", q, k, v, setting, split, given, reuse_buffers)
+    output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, buffered=True, room=room)
+    return output, sums
 
 
 def _cross_token(
-    problem: Problem, split: int, name: str, given: dict[str, Tensor | None], reuse_buffers: bool, **own
-) -> tuple[Tensor, Tensor]:
-    """Run `name` on queries from `split` on and keys before it, into the buffers given or those of the workspace."""
-    q, k, v = problem[:3]
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    setting: Setting,
+    split: int,
+    given: dict[str, Tensor | None],
+    reuse_buffers: bool,
+) -> tuple[dict[str, int], Room | None]:
+    """Return the region of queries from `split` on and keys before it, and room for output and sums, if any is given.
+
+    Args:
+        name: of the buffers that are reused.
+        given: the caller's buffers for output and sums, by the names of the arguments.
+    """
     check_split(split, k.shape[2])
     check_flag("reuse_buffers", reuse_buffers)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -254,25 +315,13 @@ def _cross_token(
         if x is not None:
             check_buffer(argument, x, shape, dtype, taken)
             taken[argument] = x
-    q_begin = min(split, q.shape[2])
-    region = {"q_begin": q_begin, "k_stop": split}
+    region = {"q_begin": min(split, q.shape[2]), "k_stop": split}
     if not reuse_buffers and all(x is None for x in given.values()):
-        output, _, sums = problem.run(name, **region, **own)
-        return output, sums
-
-    def room(argument, shape, dtype):
-        return buffer(f"{name} {argument}", shape, dtype, q.device) if reuse_buffers else None
-
-    output, sums = (
-        room(argument, *kind) if x is None else x for (argument, x), kind in zip(given.items(), shapes, strict=True)
-    )
-    if problem.backend == "pytorch":
-        results = problem.run(name, {"out": output, "col_sum": sums}, **region, **own)
-        return tuple(
-            x if to is None else to.copy_(x) for to, x in zip((output, sums), (results[0], results[2]), strict=True)
-        )
-    buffers = {"out": output, "lse": room("lse", q.shape[:3], wide), "col_sum": sums}
-    if own.get("buffered"):
-        buffers["scores"] = room("scores", (*q.shape[:2], q.shape[2] - q_begin, split), q.dtype)
-    output, _, sums = problem.run(name, buffers, **region, **own)
-    return output, sums
+        return region, None
+    if needs_gradients(q, k, v, setting.sinks):
+        raise ValueError("buffers and reuse_buffers do not go with gradients: call under torch.no_grad()")
+    room = [
+        buffer(f"{name} {argument}", *kind, q.device) if x is None and reuse_buffers else x
+        for (argument, x), kind in zip(given.items(), shapes, strict=True)
+    ]
+    return region, Room(*room, reuse_buffers)

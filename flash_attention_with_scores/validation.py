@@ -7,61 +7,72 @@ import numbers
 import torch
 from torch import Tensor
 
+from stage1_pytorch_tiled.setting import Setting
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_HEAD_DIM = 256
 _BACKENDS = ("triton", "pytorch")
 
 
-def check_attention(q, k, v, causal, sm_scale, dropout_p, seed, *, allow_fp8: bool = False) -> None:
+def check_attention(q, k, v, setting: Setting, seed, allow_fp8: bool = False) -> None:
     """Check the arguments of attention itself; raise TypeError or ValueError."""
-    check_qk(q, k, causal, sm_scale, allow_fp8)
-    _check_tensor("v", v, allow_fp8)
-    _check_like("v", v, "k", k)
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
-    if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
-        raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
-    check_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    _check_qk(q, k, allow_fp8)
+    if v is not k:
+        _check_tensor("v", v, allow_fp8)
+        _check_like("v", v, "k", k)
+        if v.shape[:3] != k.shape[:3]:
+            raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
+        if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
+            raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
+    check_flag("causal", setting.causal)
+    if setting.sm_scale is not None:
+        check_number("sm_scale", setting.sm_scale, " or None")
+    check_number("dropout_p", setting.dropout_p)
+    if not 0 <= setting.dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {setting.dropout_p}")
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
 
 
-def check_features(q, k, window, softcap, sinks, key_padding_mask, descales) -> None:
+def check_features(q, k, setting: Setting, descales) -> None:
     """Check what attention does beside the plain formula; raise TypeError or ValueError."""
-    check_window(window)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be above 0, got {softcap}")
+    if setting.window is not None:
+        check_window(setting.window)
+    if setting.softcap is not None:
+        check_number("softcap", setting.softcap)
+        if setting.softcap <= 0:
+            raise ValueError(f"softcap must be above 0, got {setting.softcap}")
+    sinks = setting.sinks
     if sinks is not None:
         if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating-point tensor or None, got {_kind(sinks)}")
         _check_shape("sinks", sinks, (q.shape[1],), q.device)
-    check_padding(q, k, key_padding_mask)
+    if setting.key_padding_mask is not None:
+        _check_padding(q, k, setting.key_padding_mask)
     if descales is not None:
-        if q.dtype not in _FP8:
-            raise ValueError(f"descales go with fp8 inputs only, got {q.dtype}")
-        if not isinstance(descales, tuple | list) or len(descales) != 3:
-            raise TypeError(f"descales must be three numbers or one-element tensors (q, k, v), got {descales!r}")
-        for name, x in zip("qkv", descales, strict=True):
-            if isinstance(x, Tensor):
-                if x.numel() != 1:
-                    raise ValueError(f"descales: {name}'s must have one element, got shape {list(x.shape)}")
-            else:
-                check_number(f"descales: {name}'s", x)
-                if x <= 0:
-                    raise ValueError(f"descales: {name}'s must be above 0, got {x}")
+        _check_descales(q, descales)
 
 
-def check_padding(q, k, key_padding_mask) -> None:
-    """Check a key padding mask: a bool tensor [B, N], or None."""
-    if key_padding_mask is None:
-        return
+def _check_descales(q, descales) -> None:
+    if q.dtype not in _FP8:
+        raise ValueError(f"descales go with fp8 inputs only, got {q.dtype}")
+    if not isinstance(descales, tuple | list) or len(descales) != 3:
+        raise TypeError(f"descales must be three numbers or one-element tensors (q, k, v), got {descales!r}")
+    for name, x in zip("qkv", descales, strict=True):
+        if isinstance(x, Tensor):
+            if x.numel() != 1:
+                raise ValueError(f"descales: {name}'s must have one element, got shape {list(x.shape)}")
+        else:
+            check_number(f"descales: {name}'s", x)
+            if x <= 0:
+                raise ValueError(f"descales: {name}'s must be above 0, got {x}")
+
+
+def _check_padding(q, k, key_padding_mask) -> None:
     if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be a bool tensor or None, got {_kind(key_padding_mask)}")
     _check_shape("key_padding_mask", key_padding_mask, (k.shape[0], k.shape[2]), q.device)
@@ -105,7 +116,7 @@ def check_buffer(name: str, x, shape: tuple[int, ...], dtype: torch.dtype, taken
 
 def check_cumulative_scores(q: Tensor, k: Tensor, scores) -> None:
     """Check scores of earlier calls: [B, Hk, n] of at most as many keys as there are now, in the sums' dtype."""
-    check_qk(q, k, False, None)
+    _check_qk(q, k)
     if not isinstance(scores, Tensor):
         raise TypeError(f"cumulative_scores must be a torch.Tensor or None, got {type(scores).__name__}")
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -121,14 +132,9 @@ def check_cumulative_scores(q: Tensor, k: Tensor, scores) -> None:
         raise ValueError(f"cumulative_scores must be on q's device {q.device}, got {scores.device}")
 
 
-def check_fold(name: str, fold, backend: str) -> None:
-    """Check a reduction of the user's own: jitted for Triton, a plain function for PyTorch, with five arguments."""
-    code = getattr(fold, "fn", None)  # of a @triton.jit function, compiled or interpreted
-    if backend == "triton" and code is None:
-        raise TypeError(f"{name} must be a @triton.jit function for backend='triton', got {fold!r}")
-    if backend == "pytorch" and (code is not None or not callable(fold)):
-        raise TypeError(f"{name} must be a plain function of tensors for backend='pytorch', got {fold!r}")
-    parameters = list(inspect.signature(code or fold).parameters)
+def check_fold_arguments(name: str, fold) -> None:
+    """Check that a function of the caller's takes what a fold is given."""
+    parameters = list(inspect.signature(fold).parameters)
     if len(parameters) != 5:
         raise TypeError(
             f"{name} must take five arguments (acc, logits, weights, q_idx, k_idx), got {len(parameters)}: {parameters}"
@@ -154,57 +160,37 @@ def check_window(window) -> None:
         raise ValueError(f"window must not be negative, got {window!r}")
 
 
-def check_qk(q, k, causal, sm_scale, allow_fp8: bool = False) -> None:
-    """Check the arguments that define the scores; raise TypeError or ValueError."""
+def _check_qk(q, k, allow_fp8: bool = False) -> None:
+    """Check the tensors that define the scores."""
     _check_tensor("q", q, allow_fp8)
     _check_tensor("k", k, allow_fp8)
     _check_like("k", k, "q", q)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have q's batch size {q.shape[0]}, got {k.shape[0]}")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have q's head dimension {q.shape[3]}, got {k.shape[3]}")
-    if not 1 <= q.shape[3] <= _MAX_HEAD_DIM:
-        raise ValueError(f"q's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {q.shape[3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q's head count must be a multiple of k's, got {q.shape[1]} and {k.shape[1]}")
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    if sm_scale is not None:
-        check_number("sm_scale", sm_scale, " or None")
+    (batch, n_heads, _, head_dim), (k_batch, n_kv_heads, _, k_head_dim) = q.shape, k.shape
+    if k_batch != batch:
+        raise ValueError(f"k must have q's batch size {batch}, got {k_batch}")
+    if k_head_dim != head_dim:
+        raise ValueError(f"k must have q's head dimension {head_dim}, got {k_head_dim}")
+    if not 1 <= head_dim <= _MAX_HEAD_DIM:
+        raise ValueError(f"q's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {head_dim}")
+    if n_kv_heads == 0 or n_heads % n_kv_heads:
+        raise ValueError(f"q's head count must be a multiple of k's, got {n_heads} and {n_kv_heads}")
 
 
-def check_backend(backend, *inputs: Tensor) -> str:
-    """Return the backend to use for the inputs; raise where the one asked for cannot run them."""
+def check_backend(backend, q: Tensor) -> str:
+    """Return the name of the backend for q; raise where the one asked for does not take its dtype."""
     if backend is not None and backend not in _BACKENDS:
         raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    q = inputs[0]
     chosen = backend or ("triton" if q.is_cuda else "pytorch")
-    if chosen == "pytorch":
-        if q.dtype in _FP8:
-            raise ValueError(f"backend='pytorch' takes fp16, bf16, fp32 or fp64, got {q.dtype}")
-        return chosen
-    if q.dtype == torch.float64:
+    if chosen == "pytorch" and q.dtype in _FP8:
+        raise ValueError(f"backend='pytorch' takes fp16, bf16, fp32 or fp64, got {q.dtype}")
+    if chosen == "triton" and q.dtype == torch.float64:
         raise ValueError("q must be fp16, bf16 or fp32 for backend='triton', got torch.float64; use backend='pytorch'")
-    if not q.is_cuda and not _triton_is_interpreted():
-        raise ValueError(
-            f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
-            "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
-        )
     return chosen
-
-
-@torch.compiler.assume_constant_result
-def _triton_is_interpreted() -> bool:
-    try:
-        import triton
-    except ImportError as error:
-        raise ValueError("backend='triton' needs the triton package, which has wheels for Linux only") from error
-    return triton.knobs.runtime.interpret
 
 
 def check_number(name: str, x, otherwise: str = "") -> None:
     """Check that an argument is a finite number."""
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+    if type(x) not in (float, int) and (isinstance(x, bool) or not isinstance(x, numbers.Real)):
         raise TypeError(f"{name} must be a number{otherwise}, got {type(x).__name__}")
     if not math.isfinite(x):
         raise ValueError(f"{name} must be finite, got {x}")

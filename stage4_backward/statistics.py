@@ -1,4 +1,4 @@
-"""What attention can return beside output and lse: the one table that operators, their shapes and gradients come from."""
+"""What attention can return beside output and lse: the table that operators, their shapes and gradients come from."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from stage1_pytorch_tiled.setting import Setting
+
 from ..masked_sums import attention_weights, masked_attention
 from .masks import Sight, new_tokens, read_mask
 from .score_keeping import ScoreStore, keep_scores
@@ -113,7 +115,7 @@ def attention_with_kept_scores(
             is_causal = getattr(module, "is_causal", True)
         sight = read_mask(attention_mask, n_q, n_k, width, is_causal and not watch.is_cross, sliding_window)
     scale = _gpt2_scale(module, query) if scaling is None else scaling
-    features = {"window": sight.window, "softcap": softcap, "sinks": s_aux, "key_mask": sight.key_mask}
+    setting = Setting(sight.causal, scale, dropout, 0, sight.window, softcap, s_aux, sight.key_mask)
 
     returns_sums = watch.requests.weights_slot == "column_sums"
     keeps = watch.keeps_scores or evicts
@@ -124,11 +126,13 @@ def attention_with_kept_scores(
             "layer for it where scores could be kept; let a module_filter of replace_attention_with_flash say so"
         )
     own_keys = sight.causal or (layer is None and n_q == n_k and not watch.is_cross)
+    queries = (0, n_q) if wanted is None and returns_sums else wanted
     output, sums = masked_attention(
-        query, key, value, sight.causal, scale, dropout, **features,
-        own_keys=own_keys, queries=(0, n_q) if wanted is None and returns_sums else wanted,
-        per_query_head=returns_sums, backend=watch.requests.backend,
-    )  # fmt: skip
+        *(query, key, value, setting, watch.requests.backend),
+        own_keys=own_keys,
+        queries=queries,
+        per_query_head=returns_sums,
+    )
     if wanted is not None:
         per_kv_head = sums.unflatten(1, (key.shape[1], -1)).sum(2) if returns_sums else sums
         watch.keep(layer, per_kv_head, offset)
@@ -136,7 +140,7 @@ def attention_with_kept_scores(
     if returns_sums:
         weights = sums.unsqueeze(2)
     elif watch.requests.weights:
-        weights = attention_weights(query, key, value, sight.causal, scale, **features)
+        weights = attention_weights(query, key, value, setting)
         weights = torch.nn.functional.pad(weights, (0, width - n_k))
     if hasattr(layer, "after_attention"):
         layer.after_attention(query, n_q)

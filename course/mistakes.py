@@ -259,8 +259,8 @@ MISTAKES = [
     Mistake(
         "kernel_skips_the_edge_of_the_window",
         KERNEL,
-        "    if mask.HAS_LEFT:  # where the window begins",
-        "    if False:",
+        "EXISTS: tl.constexpr = (loop.mask.HAS_LEFT, True, HAS_TAIL)",
+        "EXISTS: tl.constexpr = (False, True, HAS_TAIL)",
         FEATURES + "test_features[1-window-self]",
         "Tiles that the window's edge crosses are visited too, with a mask.",
     ),
@@ -275,7 +275,7 @@ MISTAKES = [
     Mistake(
         "kernel_ignores_padding",
         KERNEL,
-        "if MASKED or mask.HAS_PADDING:\n                logits",
+        "if MASKED or loop.mask.HAS_PADDING:\n                logits",
         "if MASKED:\n                logits",
         FEATURES + "test_features[1-padding-self]",
         "A padded key may lie anywhere, so that no tile is whole.",
@@ -283,8 +283,8 @@ MISTAKES = [
     Mistake(
         "kernel_groups_heads_the_wrong_way",
         KERNEL,
-        "kv_head = place.head // tiles.GROUP",
-        "kv_head = place.head % tiles.GROUP",
+        "kv_head = place.head // loop.tiles.GROUP",
+        "kv_head = place.head % loop.tiles.GROUP",
         FEATURES + "test_features[1-full-self]",
         "Query heads 0 … G-1 share key head 0: head // G.",
     ),
@@ -427,8 +427,8 @@ MISTAKES = [
     Mistake(
         "kernel_one_pass_column_sums",
         COLUMNS,
-        "final_weights(to_logits, logits, scale, lse_log2[:, None])",
-        "final_weights(to_logits, logits, scale, (tl.max(logits, 1) * scale * 1.4426950408889634)[:, None])",
+        "final_weights(loop.to_logits, logits, scale, lse_log2[:, None])",
+        "final_weights(loop.to_logits, logits, scale, (tl.max(logits, 1) * scale * 1.4426950408889634)[:, None])",
         SOFTMAX_SUMS + "test_sums_add_up_to_the_rows_that_see_a_key[full]",
         "A weight needs its row's final normaliser, so softmax column sums cannot be had in one pass.",
     ),
@@ -451,7 +451,7 @@ MISTAKES = [
     Mistake(
         "kernel_sums_padded_keys",
         COLUMNS,
-        "    if mask.HAS_PADDING:  # nobody sees a key that is not real",
+        "    if loop.mask.HAS_PADDING:  # nobody sees a key that is not real",
         "    if False:",
         SOFTMAX_SUMS + "test_features[padding-M > N]",
         "Whole tiles are not masked, so that a padded key gets weights which must be thrown away.",
@@ -603,15 +603,15 @@ MISTAKES = [
     Mistake(
         "kernel_causal_greater_for_greater_or_equal",
         "stage4_backward/grad_q_kernel.py",
-        "visible = visible_tile(mask, batch, q_idx, k_idx)",
-        "visible = visible_tile(mask, batch, q_idx - 1, k_idx)",
+        "visible = visible_tile(loop.mask, queries.batch, queries.q_idx, k_idx)",
+        "visible = visible_tile(loop.mask, queries.batch, queries.q_idx - 1, k_idx)",
         KERNELS + "test_matches_oracle[grad_q-b2-h2k2-m16n16-d32-causal]",
         "A query sees its own key, in the backward pass too.",
     ),
     Mistake(
         "kernel_gradient_of_dropped_weights",
         "stage4_backward/grad_q_kernel.py",
-        "grad_weights *= dropped(dropout, batch_head, q_idx, k_idx)",
+        "grad_weights *= dropped(loop.dropout, queries.batch_head, queries.q_idx, k_idx)",
         "grad_weights *= 1.0",
         KERNELS + "test_dropout_is_drawn_again[grad_q]",
         "A weight that was dropped did not reach the output, and one that was kept reached it scaled.",
@@ -627,7 +627,7 @@ MISTAKES = [
     Mistake(
         "kernel_scale_forgotten_in_dk",
         GRAD_KV_KERNEL,
-        "grad_k * to_logits.scale",
+        "grad_k * loop.to_logits.scale",
         "grad_k",
         KERNELS + "test_matches_oracle[grad_kv-b1-h2k2-m64n64-d64-full]",
         "Logits are s·q·kᵀ: both of dQ = s·dS·K and dK = s·dSᵀ·Q carry the scale.",
@@ -635,7 +635,7 @@ MISTAKES = [
     Mistake(
         "kernel_group_not_summed",
         GRAD_KV_KERNEL,
-        "tl.range(0, n_tiles * tiles.GROUP, ",
+        "tl.range(0, n_tiles * loop.tiles.GROUP, ",
         "tl.range(0, n_tiles, ",
         GRAD_KV + "test_query_heads_of_a_group_add_up",
         "A program owns a key tile for all query heads that share it.",

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stage1_pytorch_tiled.philox import drop_threshold
 from stage1_pytorch_tiled.tiled_forward import Window, window_sides
 
-from .forward_kernel import Logits, Tiles, forward_kernel
+from .forward_kernel import Logits, Loop, Tiles, forward_kernel
 from .hook import PLAIN, Hook, constant
 from .quick_interpreter import quicken
 from .simple_kernel import simple_forward_kernel
@@ -152,10 +152,7 @@ def forward(
             readable(sinks, lse),
             readable(descale, lse),
             out_desc if hook_tensor is None else descriptor(hook_tensor, config.block_m, config.block_n),
-            mask,
-            to_logits,
-            describe_dropout(seed, dropout_p),
-            tiles,
+            Loop(mask, to_logits, describe_dropout(seed, dropout_p), tiles),
             hook,
             batch,
             heads_together(k, v, n_heads, batch, mask.HAS_RIGHT.value or mask.HAS_LEFT.value, storing),

@@ -5,8 +5,10 @@ import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
+from stage2_triton_forward.forward_kernel import Loop
 from stage2_triton_forward.launch import (
     default_scale,
+    describe_dropout,
     describe_logits,
     describe_tiles,
     descriptor,
@@ -90,9 +92,12 @@ def fold_columns(
             readable(lse, out),
             readable(stored, out),
             parts,
-            mask,
-            describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),
-            describe_tiles(q, k, q.shape[3], config),
+            Loop(
+                mask,
+                describe_logits(default_scale(q, sm_scale), softcap, config.fp32_precision),
+                describe_dropout(0, 0.0),
+                describe_tiles(q, k, q.shape[3], config),
+            ),
             Region(q_begin, q_stop, k_stop),
             float(start),
             N_HEADS=n_heads,

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
+from stage2_triton_forward.forward_kernel import Loop
 from stage2_triton_forward.hook import constant, make_hook
 from stage2_triton_forward.launch import (
     default_scale,
@@ -92,10 +93,7 @@ def backward(
             descriptor(aligned[0], config.block_m),
             lse,
             delta,
-            mask,
-            to_logits,
-            dropout,
-            describe_tiles(q, k, v.shape[3], config),
+            Loop(mask, to_logits, dropout, describe_tiles(q, k, v.shape[3], config)),
             score_grads,
             N_HEADS=n_heads,
             HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,
@@ -112,10 +110,7 @@ def backward(
             descriptor(aligned[2], config.block_n),
             lse,
             delta,
-            mask,
-            to_logits,
-            dropout,
-            describe_tiles(q, k, v.shape[3], config),
+            Loop(mask, to_logits, dropout, describe_tiles(q, k, v.shape[3], config)),
             score_grads,
             Region(0, n_q, n_k),
             N_HEADS=n_heads,

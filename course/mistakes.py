@@ -227,7 +227,7 @@ MISTAKES = [
     Mistake(
         "kernel_masks_from_the_top_left",
         TILES,
-        "position = q_idx[:, None] + (mask.n_k - mask.n_q)",
+        "position = q_idx[:, None] + mask.offset",
         "position = q_idx[:, None]",
         FORWARD + "test_matches_oracle[b1-h6k2-m33n129-d24-causal-forward]",
         "With a cache (M < N) the last query sees the last key: the mask hangs in the bottom-right corner.",
@@ -435,8 +435,8 @@ MISTAKES = [
     Mistake(
         "kernel_queries_off_by_one",
         COLUMNS,
-        "begin = tl.maximum(k_start - mask.right - behind - region.q_begin, 0)",
-        "begin = tl.maximum(k_start + 1 - mask.right - behind - region.q_begin, 0)",
+        "begin = tl.maximum(k_start - mask.right - mask.offset - region.q_begin, 0)",
+        "begin = tl.maximum(k_start + 1 - mask.right - mask.offset - region.q_begin, 0)",
         SOFTMAX_SUMS + "test_visible_queries[16-39-40-causal]",
         "The first query that sees a key under a causal mask is the one that stands at it.",
     ),

@@ -179,6 +179,7 @@ def key_mask(
     return Mask(
         n_q,
         n_k,
+        n_k - n_q,
         left or 0,
         right or 0,
         readable(key_padding_mask, placeholder, torch.uint8),

@@ -11,13 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from stage2_triton_forward.hook import constant, make_hook
+from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import describable, describe_logits, forward, readable
 from stage2_triton_forward.split_kv import attention_forward
 
 from . import hooks
 from .column_sums import softmax_col_sum
-from .hooks import RowFold
+from .hooks import ColSum, RowFold, RowSum, Scores, Stats
 from .linear_sums import linear_col_sum, linear_row_sum
 
 
@@ -43,15 +43,11 @@ def attention_with_scores(
     batch, n_heads, n_q, _ = q.shape
     k_stop = k.shape[2] if k_stop is None else k_stop
     scores = q.new_empty(batch, n_heads, max(n_q - q_begin, 0), k_stop) if scores is None else scores
-    in_turn = {"rows": hooks.long_and_short}
     whole = q_begin == 0 and k_stop == k.shape[2]
     if whole and describable(scores, copy=False) is scores:
-        hook = make_hook((), on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async, **in_turn)
-        options = options | {"hook": hook, "hook_tensor": scores}
+        options = options | {"hook": hooks.STORE_SCORES_ASYNC, "hook_tensor": scores}
     else:
-        args = (scores, q_begin, n_q, k_stop)
-        hook = make_hook(args, on_logits=hooks.store_logits, finish=hooks.store_zeros, **in_turn)
-        options = options | {"hook": hook}
+        options = options | {"hook": hooks.STORE_SCORES.given(Scores(scores, q_begin, k_stop))}
     output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, compute_output=compute_output, **options)
     return output, lse, scores
 
@@ -88,8 +84,7 @@ def attention_with_row_sum(
     if algorithm == "linear":
         add_up = partial(linear_row_sum, q, k, causal, sm_scale, out=row_sum, **_masks(options))
         return _side_by_side(partial(attention_forward, *attend, **options), add_up, row_sum)
-    functions = {"start": hooks.start_row_sum, "on_logits": hooks.add_row_sum, "finish": hooks.store_row_sum}
-    output, lse = forward(*attend, hook=make_hook((row_sum, q.shape[2]), **functions), **options)
+    output, lse = forward(*attend, hook=hooks.ROW_SUM.given(RowSum(row_sum)), **options)
     return output, lse, row_sum if k.numel() else row_sum.zero_()
 
 
@@ -123,12 +118,9 @@ def attention_with_col_sum(
         add_up = partial(linear_col_sum, q, k, causal, sm_scale, **region, **_masks(options))
         return _side_by_side(partial(attention_forward, *attend, **options), add_up, col_sum)
     backwards = causal and algorithm == "atomic_reverse"
-    hook = make_hook(
-        (col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop),
-        order=hooks.reversed_order if backwards else hooks.round_robin,
-        on_logits=hooks.add_col_sum_atomic,
-    )
-    output, lse = forward(*attend, hook=hook, **options)
+    hook = hooks.COL_SUM_ATOMIC_REVERSE if backwards else hooks.COL_SUM_ATOMIC_ROUND_ROBIN
+    args = ColSum(col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop)
+    output, lse = forward(*attend, hook=hook.given(args), **options)
     return output, lse, col_sum
 
 
@@ -184,10 +176,8 @@ def attention_with_stats(
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, lse, and of each query its entropy, largest weight and mean distance, each [B, Hq, M] fp32."""
-    n_q, n_k = q.shape[2], k.shape[2]
     stats = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)]
-    functions = {"start": hooks.start_stats, "on_weights": hooks.add_stats, "finish": hooks.store_stats}
-    hook = make_hook((*stats, n_q, n_k - n_q), **functions)
+    hook = hooks.STATS.given(Stats(*stats))
     output, lse = forward(q, k, v, causal, sm_scale, dropout_p, seed, hook=hook, **options)
     return output, lse, *(stats if k.numel() else (x.zero_() for x in stats))
 
@@ -206,11 +196,9 @@ def fold_rows(
 ) -> Tensor:
     """Fold each query's logits and weights in a second walk along its keys, [B, Hq, M] fp32; see `fold_columns`."""
     result = q.new_full(q.shape[:3], start, dtype=torch.float32)
-    args = RowFold(
-        readable(lse, result), result, float(start), q.shape[2], describe_logits(1.0, softcap, "ieee"), constant(fold)
-    )
-    hook = make_hook(args, start=hooks.start_fold, on_logits=hooks.fold_row, finish=hooks.store_fold)
-    forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **options)
+    capping = describe_logits(1.0, softcap, "ieee")
+    args = RowFold(readable(lse, result), result, float(start), capping, constant(fold))
+    forward(q, k, k, causal, sm_scale, hook=hooks.FOLD_ROWS.given(args), compute_output=False, **options)
     return result
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stage1_pytorch_tiled.tiled_forward import Window
 from stage2_triton_forward.forward_kernel import Loop
-from stage2_triton_forward.hook import constant, make_hook
+from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import (
     default_scale,
     describable,
@@ -23,13 +23,12 @@ from stage2_triton_forward.launch import (
 )
 from stage3_scores_and_sums.column_sum_kernel import Region
 
-from . import hooks
 from .delta_kernel import delta_kernel
 from .grad_kv_kernel import grad_kv_kernel
 from .grad_q_kernel import grad_q_kernel
 from .grad_tiles import ScoreGrads
 from .gradients import Gradients
-from .hooks import ColumnGrads
+from .hooks import COLUMN_GRADS, ColumnGrads
 from .recompute_pytorch import grad_of_sinks
 from .tile_config import backward_configs
 
@@ -157,8 +156,6 @@ def describe_score_grads(q: Tensor, grads: Gradients, placeholder: Tensor) -> Sc
 def through_columns(q, k, lse, score_grads, causal=False, sm_scale=None, *, softcap=None, **masks) -> Tensor:
     """Return Σ_j P_ij·g_j, [B, Hq, M], for the gradient g of column sums: one more walk along the keys."""
     result = torch.zeros_like(lse)
-    args = ColumnGrads(lse, result, q.shape[2], describe_logits(1.0, softcap, "ieee"), score_grads, constant(None))
-    functions = (hooks.start_column_grads, hooks.add_column_grads, hooks.store_column_grads)
-    hook = make_hook(args, **dict(zip(("start", "on_logits", "finish"), functions, strict=True)))
-    forward(q, k, k, causal, sm_scale, hook=hook, compute_output=False, **masks)
+    args = ColumnGrads(lse, result, describe_logits(1.0, softcap, "ieee"), score_grads, constant(None))
+    forward(q, k, k, causal, sm_scale, hook=COLUMN_GRADS.given(args), compute_output=False, **masks)
     return result

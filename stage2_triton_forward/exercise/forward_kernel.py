@@ -97,7 +97,7 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    place = Place(batch, head, batch_head, q_start, q_idx, hook_desc)
+    place = Place(batch, head, batch_head, q_start, q_idx, loop.mask.n_q, loop.mask.offset, hook_desc)
     carry = hook.START(hook.args, place)
     parts = ((begin, tl.minimum(whole_begin, stop)), (whole_begin, whole_stop), (whole_stop, stop))
     EXISTS: tl.constexpr = (loop.mask.HAS_LEFT, True, HAS_TAIL)

@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,14 @@ if triton.knobs.runtime.interpret:
     quicken()
 
 _DESCRIPTOR_ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
+
+
+class Sides(NamedTuple):
+    """Who sees whom: query i sees key j iff -right <= i + offset - j <= left; None for no bound."""
+
+    left: int | None
+    right: int | None
+    offset: int  # N - M: query i stands at key i + offset, the last query at the last key
 
 
 def simple_forward(
@@ -174,12 +183,12 @@ def key_mask(
     n_q: int, n_k: int, causal: bool, window: Window, key_padding_mask: Tensor | None, placeholder: Tensor
 ) -> Mask:
     """Describe who sees whom for the kernels; `placeholder` is any tensor, for a pointer that is never read."""
-    left, right = mask_sides(n_q, n_k, causal, window)
+    left, right, offset = mask_sides(n_q, n_k, causal, window)
     padded = key_padding_mask is not None
     return Mask(
         n_q,
         n_k,
-        n_k - n_q,
+        offset,
         left or 0,
         right or 0,
         readable(key_padding_mask, placeholder, torch.uint8),
@@ -200,13 +209,13 @@ def readable(x: Tensor | None, placeholder: Tensor, dtype: torch.dtype | None = 
     return (x if dtype is None else x.to(dtype)).contiguous()
 
 
-def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> tuple[int | None, int | None]:
-    """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left; None for no bound."""
+def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> Sides:
+    """Return how far a query sees to either side of where it stands."""
     left, right = window_sides(window)
     if causal:
         right = 0 if right is None else min(right, 0)
     farthest = n_q + n_k  # no key lies farther from a query; a larger bound could overflow 32 bits
-    return tuple(None if side is None else min(side, farthest) for side in (left, right))
+    return Sides(*(None if side is None else min(side, farthest) for side in (left, right)), offset=n_k - n_q)
 
 
 def describe_logits(sm_scale: float, softcap: float | None, fp32_precision: str) -> Logits:

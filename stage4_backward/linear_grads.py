@@ -32,9 +32,9 @@ def linear_row_sum_grads(
     sides = mask_sides(n_q, n_k, causal, window)
     scale, grad = default_scale(q, sm_scale), grad.float()
     of_keys = {"key_padding_mask": key_padding_mask, "scale": scale}
-    grad_q = _interval_vectors(q, k, key_ends(sides, n_k - n_q), (0, n_k), False, factor=grad, **of_keys)
+    grad_q = _interval_vectors(q, k, key_ends(sides), (0, n_k), False, factor=grad, **of_keys)
     weighted = q.float() * grad[..., None]
-    grad_k = _interval_vectors(k, weighted, query_ends(sides, n_k - n_q), (0, n_q), True, **of_keys)
+    grad_k = _interval_vectors(k, weighted, query_ends(sides), (0, n_q), True, **of_keys)
     return grad_q, grad_k
 
 
@@ -61,9 +61,9 @@ def linear_col_sum_grads(
     grad = torch.nn.functional.pad(grad.float(), (0, n_k - grad.shape[2]))
     of_keys = {"key_padding_mask": key_padding_mask, "scale": default_scale(q, sm_scale)}
     weighted = k.float() * grad[..., None]
-    grad_q = _interval_vectors(q, weighted, key_ends(sides, n_k - n_q), (0, n_k), False, **of_keys)
+    grad_q = _interval_vectors(q, weighted, key_ends(sides), (0, n_k), False, **of_keys)
     grad_q[:, :, :q_begin] = 0
-    grad_k = _interval_vectors(k, q, query_ends(sides, n_k - n_q), (q_begin, n_q), True, factor=grad, **of_keys)
+    grad_k = _interval_vectors(k, q, query_ends(sides), (q_begin, n_q), True, factor=grad, **of_keys)
     return grad_q, grad_k
 
 

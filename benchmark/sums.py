@@ -22,7 +22,7 @@ def contention_rows(lengths: tuple[int, ...] = (2048, 8192), dtype: torch.dtype 
             sums = torch.zeros(1, n_kv_heads, n, device="cuda")
 
             def attend(order, sums=sums, qkv=(q, k, v), causal=causal, n=n, group=group):
-                args = (sums, group, 0, n)
+                args = hooks.ColSum(sums, group, 0, n)
                 hook = make_hook(args, order=order, on_logits=hooks.add_col_sum_atomic)
                 return forward(*qkv, causal, hook=hook)
 

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -56,15 +57,24 @@ def _loop_of_numbers(
 
 def describe_mask(n_q: int, n_k: int, causal: bool, window: Window, padded: bool) -> Mask:
     """Describe who sees whom; a padding mask's pointer is left to be filled in."""
-    left, right = mask_sides(n_q, n_k, causal, window)
+    left, right, offset = mask_sides(n_q, n_k, causal, window)
     bounds = (left is not None, right is not None, padded)
-    return Mask(n_q, n_k, n_k - n_q, left or 0, right or 0, None, *map(constant, bounds))
+    return Mask(n_q, n_k, offset, left or 0, right or 0, None, *map(constant, bounds))
 
 
-def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> tuple[int | None, int | None]:
-    """Return (left, right): query i sees key j iff -right <= i + N - M - j <= left; None for no bound."""
+class Sides(NamedTuple):
+    """Who sees whom: query i sees key j iff -right <= i + offset - j <= left; None for no bound."""
+
+    left: int | None
+    right: int | None
+    offset: int  # N - M: query i stands at key i + offset, the last query at the last key
+
+
+def mask_sides(n_q: int, n_k: int, causal: bool, window: Window) -> Sides:
+    """Return how far a query sees to either side of where it stands."""
     farthest = n_q + n_k  # no key lies farther from a query; a larger bound could overflow 32 bits
-    return tuple(None if side is None else min(side, farthest) for side in visible_sides(causal, window))
+    left, right = (None if side is None else min(side, farthest) for side in visible_sides(causal, window))
+    return Sides(left, right, n_k - n_q)
 
 
 @lru_cache(maxsize=_MANY)

@@ -9,6 +9,8 @@ from .hook import Place
 from .tiles import (
     LN_2,
     LOG2_E,
+    Dropout,
+    Mask,
     SoftmaxState,
     dot,
     drop_tile,
@@ -40,6 +42,15 @@ class Tiles(NamedTuple):
     BLOCK_DV: tl.constexpr
 
 
+class Loop(NamedTuple):
+    """What every loop over tiles is told. Launches build it: within a kernel, assigned tuples lose their constexprs."""
+
+    mask: Mask
+    to_logits: Logits
+    dropout: Dropout
+    tiles: Tiles
+
+
 @triton.jit
 def forward_kernel(
     q_desc,  # [B, Hq, M, D]
@@ -50,10 +61,7 @@ def forward_kernel(
     sinks_ptr,  # [Hq]
     descale_ptr,  # [2]: factors on q·kᵀ and on v, for fp8
     hook_desc,  # the hook's own, or any
-    mask,
-    to_logits,
-    dropout,
-    tiles,
+    loop,
     hook,
     n_batches,
     heads_together,
@@ -70,9 +78,10 @@ def forward_kernel(
     values stay in L2; among those, the longest causal rows of every head come first, so that no long row starts last.
     Source: FlashAttention-2 (Dao 2023), Algorithm 1.
     """
-    BLOCK_M: tl.constexpr = tiles.BLOCK_M
-    BLOCK_DV: tl.constexpr = tiles.BLOCK_DV
-    m_blocks = tl.cdiv(mask.n_q, BLOCK_M)
+    BLOCK_M: tl.constexpr = loop.tiles.BLOCK_M
+    BLOCK_N: tl.constexpr = loop.tiles.BLOCK_N
+    BLOCK_DV: tl.constexpr = loop.tiles.BLOCK_DV
+    m_blocks = tl.cdiv(loop.mask.n_q, BLOCK_M)
     first_head = tl.program_id(0) // (heads_together * m_blocks) * heads_together
     n_together = tl.minimum(heads_together, n_batches * N_HEADS - first_head)
     within = tl.program_id(0) - first_head * m_blocks
@@ -81,9 +90,9 @@ def forward_kernel(
     batch = batch_head // N_HEADS
     head = batch_head % N_HEADS
 
-    begin, whole_begin, whole_stop, stop = visible_keys(mask, q_start, BLOCK_M, tiles.BLOCK_N)
+    begin, whole_begin, whole_stop, stop = visible_keys(loop.mask, q_start, BLOCK_M, BLOCK_N)
     if N_SPLITS > 1:
-        keys_per_split = tl.cdiv(tl.cdiv(mask.n_k, tiles.BLOCK_N), N_SPLITS) * tiles.BLOCK_N
+        keys_per_split = tl.cdiv(tl.cdiv(loop.mask.n_k, BLOCK_N), N_SPLITS) * BLOCK_N
         split_begin = tl.program_id(1) * keys_per_split
         split_stop = split_begin + keys_per_split
         begin = tl.maximum(begin, split_begin)
@@ -91,8 +100,8 @@ def forward_kernel(
         whole_begin = tl.maximum(whole_begin, split_begin)
         whole_stop = tl.maximum(tl.minimum(whole_stop, split_stop), whole_begin)
 
-    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, tiles.BLOCK_D)
-    scale = to_logits.scale
+    q_tile = load_tile(q_desc, batch, head, q_start, BLOCK_M, loop.tiles.BLOCK_D)
+    scale = loop.to_logits.scale
     if HAS_DESCALE:
         scale = scale * tl.load(descale_ptr)
     q_idx = q_start + tl.arange(0, BLOCK_M)
@@ -101,25 +110,16 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    place = Place(batch, head, batch_head, q_start, q_idx, hook_desc)
+    place = Place(batch, head, batch_head, q_start, q_idx, loop.mask.n_q, loop.mask.offset, hook_desc)
     carry = hook.START(hook.args, place)
-    if mask.HAS_LEFT:  # where the window begins
-        state, carry = attend_keys(
-            state, carry, begin, tl.minimum(whole_begin, stop), True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
-            place, COMPUTE_OUTPUT,
-        )  # fmt: skip
-    state, carry = attend_keys(
-        state, carry, whole_begin, whole_stop, False,
-        q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
-        place, COMPUTE_OUTPUT,
-    )  # fmt: skip
-    if HAS_TAIL:  # the diagonal, and keys that do not fill a tile
-        state, carry = attend_keys(
-            state, carry, whole_stop, stop, True,
-            q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
-            place, COMPUTE_OUTPUT,
-        )  # fmt: skip
+    parts = ((begin, tl.minimum(whole_begin, stop)), (whole_begin, whole_stop), (whole_stop, stop))
+    EXISTS: tl.constexpr = (loop.mask.HAS_LEFT, True, HAS_TAIL)
+    for PART in tl.static_range(3):  # where the window begins; whole tiles; the diagonal, and keys that fill no tile
+        if EXISTS[PART]:
+            state, carry = attend_keys(
+                state, carry, parts[PART][0], parts[PART][1], PART != 1,
+                q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT,
+            )  # fmt: skip
 
     lse_log2 = state.row_max
     if COMPUTE_OUTPUT:
@@ -136,45 +136,44 @@ def forward_kernel(
         store_tile(
             out_desc, state.acc * factor[:, None], out_batch, head, q_start, BLOCK_M, BLOCK_DV
         )  # O = diag(l)⁻¹·O
-        lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * mask.n_q
-        tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < mask.n_q)
-    visited_stop = tl.maximum(begin, tl.cdiv(stop, tiles.BLOCK_N) * tiles.BLOCK_N)
+        lse_row = lse_ptr + (out_batch.to(tl.int64) * N_HEADS + head) * loop.mask.n_q
+        tl.store(lse_row + q_idx, lse_log2 * LN_2, mask=q_idx < loop.mask.n_q)
+    visited_stop = tl.maximum(begin, tl.cdiv(stop, BLOCK_N) * BLOCK_N)
     hook.FINISH(hook.args, carry, state, lse_log2, begin, visited_stop, place)
 
 
 @triton.jit
 def attend_keys(
     state, carry, begin, stop, MASKED: tl.constexpr,
-    q_tile, k_desc, v_desc, scale, mask, to_logits, dropout, tiles, hook,
-    place, COMPUTE_OUTPUT: tl.constexpr,
+    q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
-    BLOCK_N: tl.constexpr = tiles.BLOCK_N
-    kv_head = place.head // tiles.GROUP
+    BLOCK_N: tl.constexpr = loop.tiles.BLOCK_N
+    kv_head = place.head // loop.tiles.GROUP
     for k_start in tl.range(begin, stop, BLOCK_N, disable_licm=MASKED):
         k_start = hook.ORDER(hook.args, k_start, begin, stop, place, BLOCK_N)
         k_start = tl.multiple_of(k_start, BLOCK_N)
         k_idx = k_start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_desc, place.batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_D)
-        logits = dot(q_tile, k_tile.T, None, to_logits.FP32_PRECISION)  # S = Q·Kᵀ, [BLOCK_M, BLOCK_N], not scaled yet
-        in_rows = (place.q_idx < mask.n_q)[:, None]
-        if MASKED or mask.HAS_PADDING:
-            visible = visible_tile(mask, place.batch, place.q_idx, k_idx)
+        k_tile = load_tile(k_desc, place.batch, kv_head, k_start, BLOCK_N, loop.tiles.BLOCK_D)
+        logits = dot(q_tile, k_tile.T, None, loop.to_logits.FP32_PRECISION)  # S = Q·Kᵀ, unscaled, [BLOCK_M, BLOCK_N]
+        in_rows = (place.q_idx < loop.mask.n_q)[:, None]
+        if MASKED or loop.mask.HAS_PADDING:
+            visible = visible_tile(loop.mask, place.batch, place.q_idx, k_idx)
             in_rows = visible & in_rows
         carry = hook.ON_LOGITS(hook.args, carry, logits * scale, in_rows, place, k_start)
         if COMPUTE_OUTPUT:
-            logits, factor = cap_logits(to_logits, logits, scale)
-            if MASKED or mask.HAS_PADDING:
+            logits, factor = cap_logits(loop.to_logits, logits, scale)
+            if MASKED or loop.mask.HAS_PADDING:
                 logits = tl.where(visible, logits, float("-inf"))
             before = state
             state, weights = online_softmax_step(state, logits, factor * LOG2_E)
             carry = hook.ON_WEIGHTS(hook.args, carry, before, state, logits, weights, factor * LOG2_E, place, k_start)
-            if dropout.ENABLED:
-                weights = drop_tile(dropout, weights, place.batch_head, place.q_idx, k_idx)
-            v_tile = load_tile(v_desc, place.batch, kv_head, k_start, BLOCK_N, tiles.BLOCK_DV)
+            if loop.dropout.ENABLED:
+                weights = drop_tile(loop.dropout, weights, place.batch_head, place.q_idx, k_idx)
+            v_tile = load_tile(v_desc, place.batch, kv_head, k_start, BLOCK_N, loop.tiles.BLOCK_DV)
             if v_tile.dtype.primitive_bitwidth == 8:  # fp8 weights would lose what the logits gained
                 v_tile = v_tile.to(tl.bfloat16)
-            acc = dot(weights.to(v_tile.dtype), v_tile, state.acc, to_logits.FP32_PRECISION)
+            acc = dot(weights.to(v_tile.dtype), v_tile, state.acc, loop.to_logits.FP32_PRECISION)
             state = SoftmaxState(state.row_max, state.row_sum, acc)
     return state, carry
 

@@ -15,6 +15,8 @@ class Place(NamedTuple):
     batch_head: int  # batch·Hq + head
     q_start: int
     q_idx: tl.tensor  # [BLOCK_M], positions from q_start on; the last may lie past the last query
+    n_q: int
+    offset: int  # query i stands at key i + offset
     hook_desc: tl.tensor_descriptor  # of `hook_tensor`: the kernel's arguments cannot hold one within a tuple
 
 
@@ -24,13 +26,17 @@ class Hook(NamedTuple):
     What START returns is carried from tile to tile: ON_LOGITS and ON_WEIGHTS return it, changed or not.
     """
 
-    args: tuple
+    args: tuple  # a NamedTuple, best
     ROWS: tl.constexpr
     START: tl.constexpr
     ORDER: tl.constexpr
     ON_LOGITS: tl.constexpr
     ON_WEIGHTS: tl.constexpr
     FINISH: tl.constexpr
+
+    def given(self, args: tuple) -> "Hook":
+        """Return this hook with its `args`, such as where to store what it finds."""
+        return self._replace(args=args)
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E
+from .forward_kernel import add_sink
+from .tiles import LN_2, LOG2_E
 
 
 @triton.jit
@@ -40,9 +41,8 @@ def merge_kernel(
     lse = tl.where(row_sum == 0.0, float("-inf"), lse)
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + row // n_q % N_HEADS).to(tl.float32)
-        larger = tl.maximum(lse, sink)
-        with_sink = larger + tl.log(tl.exp(lse - larger) + tl.exp(sink - larger))
-        lse = tl.where(row_sum == 0.0, lse, with_sink)
+        _, above = add_sink(1.0, (lse - shift) * LOG2_E, (sink - shift) * LOG2_E)  # relative to `shift`: small numbers
+        lse = shift + above * LN_2
     part_weights = tl.exp2((part_lse - tl.where(lse == float("-inf"), 0.0, lse)) * LOG2_E)  # [BLOCK_S]
     parts = tl.load(
         partial_out_ptr + part_rows[:, None] * HEAD_DIM_V + d_idx[None, :],

@@ -1,7 +1,8 @@
 """Hooks for the loops: what to do with a tile of logits or weights beside attention.
 
-Hooks of the forward loop come in sets of functions (see `stage2_triton_forward/hook.py`). A fold takes one tile after
-another into an accumulator, and leaves of a tile [R, C] the first axis: queries for rows, keys for columns.
+Hooks of the forward loop are sets of functions (see `stage2_triton_forward/hook.py`), put together below the last of
+them; a launch gives them their args: `ROW_SUM.given(RowSum(row_sum))`. A fold takes one tile after another into an
+accumulator, and leaves of a tile [R, C] the first axis: queries for rows, keys for columns.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,28 @@ import triton
 import triton.language as tl
 
 from stage2_triton_forward.forward_kernel import cap_logits
+from stage2_triton_forward.hook import make_hook
 from stage2_triton_forward.tiles import LN_2, LOG2_E
 
 
 @triton.jit
+def long_and_short(turn, m_blocks):
+    """ROWS: the longest, the shortest, the second longest …: rows of scores that compute run beside rows of zeros."""
+    return tl.where(turn % 2 == 0, m_blocks - 1 - turn // 2, turn // 2)
+
+
+class Scores(NamedTuple):
+    """The args of `STORE_SCORES`: the scores of the queries from q_begin on and the keys before k_stop."""
+
+    scores_ptr: tl.tensor  # [B·Hq, M - q_begin, k_stop]
+    q_begin: int
+    k_stop: int
+
+
+@triton.jit
 def store_logits(args, carry, logits, visible, place, k_start):
-    """ON_LOGITS: store a tile, masked logits as 0; args: (scores [B·Hq, M - q_begin, k_stop], q_begin, M, k_stop)."""
-    store_scores(args, tl.where(visible, logits, 0.0), place, k_start, args[3])
+    """ON_LOGITS: store a tile, masked logits as 0; args: Scores."""
+    store_scores(args, tl.where(visible, logits, 0.0), place, k_start, args.k_stop)
     return carry
 
 
@@ -24,7 +40,7 @@ def store_logits(args, carry, logits, visible, place, k_start):
 def store_zeros(args, carry, state, lse_log2, begin, stop, place):
     """FINISH of `store_logits`: the keys that the walk left out, so that each element is written exactly once."""
     BLOCK: tl.constexpr = 64
-    k_stop = args[3]
+    k_stop = args.k_stop
     zeros = tl.zeros([place.q_idx.shape[0], BLOCK], tl.float32)
     for k_start in range(0, tl.minimum(begin, k_stop), BLOCK):
         store_scores(args, zeros, place, k_start, tl.minimum(begin, k_stop))
@@ -35,17 +51,20 @@ def store_zeros(args, carry, state, lse_log2, begin, stop, place):
 @triton.jit
 def store_scores(args, scores, place, k_start, k_stop):
     """Store the part of a tile that lies in the queries from q_begin on and the keys before k_stop."""
-    scores_ptr, q_begin, n_q, row_length = args
     q_idx, k_idx = place.q_idx, k_start + tl.arange(0, scores.shape[1])
-    head_ptr = scores_ptr + place.batch_head.to(tl.int64) * (n_q - q_begin) * row_length  # 64-bit: B·Hq·M·N passes 2³¹
-    rows = (q_idx - q_begin).to(tl.int64) * row_length
-    inside = ((q_idx >= q_begin) & (q_idx < n_q))[:, None] & (k_idx < k_stop)[None, :]
+    head_row = place.batch_head.to(tl.int64) * (place.n_q - args.q_begin)  # 64-bit: B·Hq·M·N passes 2³¹
+    head_ptr = args.scores_ptr + head_row * args.k_stop
+    rows = (q_idx - args.q_begin).to(tl.int64) * args.k_stop
+    inside = ((q_idx >= args.q_begin) & (q_idx < place.n_q))[:, None] & (k_idx < k_stop)[None, :]
     tl.store(
         head_ptr + rows[:, None] + k_idx[None, :],
-        scores.to(scores_ptr.dtype.element_ty),
+        scores.to(args.scores_ptr.dtype.element_ty),
         mask=inside,
         eviction_policy="evict_first",
     )
+
+
+STORE_SCORES = make_hook(rows=long_and_short, on_logits=store_logits, finish=store_zeros)
 
 
 @triton.jit
@@ -78,6 +97,15 @@ def store_scores_async(scores, place, k_start):
     desc.store([place.batch, place.head, place.q_start, k_start], tile)
 
 
+STORE_SCORES_ASYNC = make_hook(rows=long_and_short, on_logits=store_logits_async, finish=store_zeros_async)
+
+
+class RowSum(NamedTuple):
+    """The args of `ROW_SUM`."""
+
+    row_sum_ptr: tl.tensor  # [B·Hq, M]
+
+
 @triton.jit
 def start_row_sum(args, place):
     """START of `add_row_sum`: a sum and what rounding has taken from it."""
@@ -98,22 +126,30 @@ def add_row_sum(args, carry, logits, visible, place, k_start):
 
 @triton.jit
 def store_row_sum(args, carry, state, lse_log2, begin, stop, place):
-    """FINISH of `add_row_sum`; args: (row_sum [B·Hq, M], M)."""
-    store_rows(args[0], carry[0], place, args[1])
+    """FINISH of `add_row_sum`; args: RowSum."""
+    store_rows(args.row_sum_ptr, carry[0], place)
+
+
+ROW_SUM = make_hook(start=start_row_sum, on_logits=add_row_sum, finish=store_row_sum)
+
+
+class ColSum(NamedTuple):
+    """The args of `COL_SUM_ATOMIC_…`: the sums over the queries from q_begin on."""
+
+    col_sum_ptr: tl.tensor  # [B·Hk, k_stop]
+    group: int  # query heads to a key head
+    q_begin: int
+    k_stop: int
 
 
 @triton.jit
 def add_col_sum_atomic(args, carry, logits, visible, place, k_start):
-    """ON_LOGITS: add a tile's column sums; programs meet at the same keys, in an order that nobody fixes.
-
-    args: (col_sum [B·Hk, k_stop], query heads to a key head, q_begin, k_stop); only queries from q_begin on count.
-    """
-    col_sum_ptr, group, q_begin, k_stop = args
-    counted = visible & (place.q_idx >= q_begin)[:, None]
+    """ON_LOGITS: add a tile's column sums; programs meet at the same keys, in any order; args: ColSum."""
+    counted = visible & (place.q_idx >= args.q_begin)[:, None]
     sums = tl.sum(tl.where(counted, logits, 0.0), 0)
     k_idx = k_start + tl.arange(0, logits.shape[1])
-    head_ptr = col_sum_ptr + (place.batch_head // group).to(tl.int64) * k_stop
-    tl.atomic_add(head_ptr + k_idx, sums, mask=k_idx < k_stop, sem="relaxed")
+    head_ptr = args.col_sum_ptr + (place.batch_head // args.group).to(tl.int64) * args.k_stop
+    tl.atomic_add(head_ptr + k_idx, sums, mask=k_idx < args.k_stop, sem="relaxed")
     return carry
 
 
@@ -130,10 +166,16 @@ def round_robin(args, k_start, begin, stop, place, BLOCK_N: tl.constexpr):
     return begin + ((k_start - begin) // BLOCK_N + place.q_start // BLOCK_N) % n_tiles * BLOCK_N
 
 
-@triton.jit
-def long_and_short(turn, m_blocks):
-    """ROWS: the longest, the shortest, the second longest …: rows of scores that compute run beside rows of zeros."""
-    return tl.where(turn % 2 == 0, m_blocks - 1 - turn // 2, turn // 2)
+COL_SUM_ATOMIC_REVERSE = make_hook(order=reversed_order, on_logits=add_col_sum_atomic)
+COL_SUM_ATOMIC_ROUND_ROBIN = make_hook(order=round_robin, on_logits=add_col_sum_atomic)
+
+
+class Stats(NamedTuple):
+    """The args of `STATS`."""
+
+    entropy_ptr: tl.tensor  # [B·Hq, M]
+    max_weight_ptr: tl.tensor  # [B·Hq, M]
+    mean_distance_ptr: tl.tensor  # [B·Hq, M]
 
 
 @triton.jit
@@ -154,7 +196,7 @@ def add_stats(args, carry, before, after, logits, weights, scale_log2, place, k_
     rescale = tl.exp2(fell)
     log2_weights = tl.maximum(logits * scale_log2 - shift[:, None], -1000.0)  # 0·log(0) is 0 here
     k_idx = k_start + tl.arange(0, logits.shape[1])
-    distance = tl.abs(place.q_idx[:, None] + args[4] - k_idx[None, :])
+    distance = tl.abs(place.q_idx[:, None] + place.offset - k_idx[None, :])
     weighted_log = (weighted_log + before.row_sum * fell) * rescale + tl.sum(weights * log2_weights, 1)
     weighted_distance = weighted_distance * rescale + tl.sum(weights * distance, 1)
     return weighted_log, weighted_distance
@@ -162,8 +204,7 @@ def add_stats(args, carry, before, after, logits, weights, scale_log2, place, k_
 
 @triton.jit
 def store_stats(args, carry, state, lse_log2, begin, stop, place):
-    """FINISH of `add_stats`; args: (entropy, max weight, mean distance, each [B·Hq, M], M, N - M)."""
-    entropy_ptr, max_weight_ptr, mean_distance_ptr, n_q, _ = args
+    """FINISH of `add_stats`; args: Stats."""
     weighted_log, weighted_distance = carry
     empty = state.row_sum == 0.0
     below_lse = tl.where(empty, 0.0, lse_log2 - state.row_max)
@@ -171,18 +212,20 @@ def store_stats(args, carry, state, lse_log2, begin, stop, place):
     entropy = max_weight * (below_lse * state.row_sum - weighted_log) * LN_2  # H = Σ p·(L - s)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)  # rounding; NaN stays
     mean_distance = weighted_distance / tl.where(empty, 1.0, state.row_sum)
-    store_rows(entropy_ptr, entropy, place, n_q)
-    store_rows(max_weight_ptr, max_weight, place, n_q)
-    store_rows(mean_distance_ptr, mean_distance, place, n_q)
+    store_rows(args.entropy_ptr, entropy, place)
+    store_rows(args.max_weight_ptr, max_weight, place)
+    store_rows(args.mean_distance_ptr, mean_distance, place)
+
+
+STATS = make_hook(start=start_stats, on_weights=add_stats, finish=store_stats)
 
 
 class RowFold(NamedTuple):
-    """The args of `fold_row`; capitals are constexpr."""
+    """The args of `FOLD_ROWS`; capitals are constexpr."""
 
     lse_ptr: tl.tensor  # [B·Hq, M], from an earlier pass
     result_ptr: tl.tensor  # [B·Hq, M]
     start: float
-    n_q: int
     capping: tuple  # `Logits` of scale 1: the loop has scaled the logits, and not capped them
     FOLD: tl.constexpr
 
@@ -190,8 +233,8 @@ class RowFold(NamedTuple):
 @triton.jit
 def start_fold(args, place):
     """START of `fold_row`: the accumulator, and the normaliser that an earlier pass has found."""
-    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * args.n_q
-    return tl.full(place.q_idx.shape, args.start, tl.float32), load_lse(lse_row, place.q_idx, args.n_q)
+    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * place.n_q
+    return tl.full(place.q_idx.shape, args.start, tl.float32), load_lse(lse_row, place.q_idx, place.n_q)
 
 
 @triton.jit
@@ -207,13 +250,16 @@ def fold_row(args, carry, logits, visible, place, k_start):
 @triton.jit
 def store_fold(args, carry, state, lse_log2, begin, stop, place):
     """FINISH of `fold_row`."""
-    store_rows(args.result_ptr, carry[0], place, args.n_q)
+    store_rows(args.result_ptr, carry[0], place)
+
+
+FOLD_ROWS = make_hook(start=start_fold, on_logits=fold_row, finish=store_fold)
 
 
 @triton.jit
-def store_rows(ptr, values, place, n_q):
+def store_rows(ptr, values, place):
     """Store a statistic of each query of a tile in [B·Hq, M]."""
-    tl.store(ptr + place.batch_head.to(tl.int64) * n_q + place.q_idx, values, mask=place.q_idx < n_q)
+    tl.store(ptr + place.batch_head.to(tl.int64) * place.n_q + place.q_idx, values, mask=place.q_idx < place.n_q)
 
 
 @triton.jit

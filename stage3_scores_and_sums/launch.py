@@ -13,13 +13,13 @@ from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
 from stage2_triton_forward.describe import describable, describe_logits, readable
-from stage2_triton_forward.hook import constant, make_hook
+from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import forward
 from stage2_triton_forward.split_kv import attention_forward
 
 from . import hooks
 from .column_sums import softmax_col_sum
-from .hooks import RowFold
+from .hooks import ColSum, RowFold, RowSum, Scores, Stats
 from .linear_sums import linear_col_sum, linear_row_sum
 
 
@@ -43,15 +43,11 @@ def attention_with_scores(
     batch, n_heads, n_q, _ = q.shape
     k_stop = k.shape[2] if k_stop is None else k_stop
     scores = q.new_empty(batch, n_heads, max(n_q - q_begin, 0), k_stop) if scores is None else scores
-    in_turn = {"rows": hooks.long_and_short}
     whole = q_begin == 0 and k_stop == k.shape[2]
     if whole and describable(scores) is scores:
-        hook = make_hook((), on_logits=hooks.store_logits_async, finish=hooks.store_zeros_async, **in_turn)
-        hook_tensor = scores
+        hook, hook_tensor = hooks.STORE_SCORES_ASYNC, scores
     else:
-        args = (scores, q_begin, n_q, k_stop)
-        hook = make_hook(args, on_logits=hooks.store_logits, finish=hooks.store_zeros, **in_turn)
-        hook_tensor = None
+        hook, hook_tensor = hooks.STORE_SCORES.given(Scores(scores, q_begin, k_stop)), None
     output, lse = forward(
         *(q, k, v, setting), hook=hook, hook_tensor=hook_tensor, compute_output=compute_output, out=out, lse=lse
     )
@@ -85,8 +81,7 @@ def attention_with_row_sum(
     if algorithm == "linear":
         attend = partial(attention_forward, q, k, v, setting, out=out, lse=lse)
         return _side_by_side(attend, partial(linear_row_sum, q, k, setting, out=row_sum), row_sum)
-    functions = {"start": hooks.start_row_sum, "on_logits": hooks.add_row_sum, "finish": hooks.store_row_sum}
-    output, lse = forward(q, k, v, setting, hook=make_hook((row_sum, q.shape[2]), **functions), out=out, lse=lse)
+    output, lse = forward(q, k, v, setting, hook=hooks.ROW_SUM.given(RowSum(row_sum)), out=out, lse=lse)
     return output, lse, row_sum if k.numel() else row_sum.zero_()
 
 
@@ -117,12 +112,9 @@ def attention_with_col_sum(
         add_up = partial(linear_col_sum, q, k, setting, q_begin=q_begin, k_stop=k_stop, out=col_sum)
         return _side_by_side(attend, add_up, col_sum)
     backwards = setting.causal and algorithm == "atomic_reverse"
-    hook = make_hook(
-        (col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop),
-        order=hooks.reversed_order if backwards else hooks.round_robin,
-        on_logits=hooks.add_col_sum_atomic,
-    )
-    output, lse = forward(q, k, v, setting, hook=hook, out=out, lse=lse)
+    hook = hooks.COL_SUM_ATOMIC_REVERSE if backwards else hooks.COL_SUM_ATOMIC_ROUND_ROBIN
+    args = ColSum(col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop)
+    output, lse = forward(q, k, v, setting, hook=hook.given(args), out=out, lse=lse)
     return output, lse, col_sum
 
 
@@ -169,10 +161,8 @@ def attention_with_stats(
     q: Tensor, k: Tensor, v: Tensor, setting: Setting = FULL
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, lse, and of each query its entropy, largest weight and mean distance, each [B, Hq, M] fp32."""
-    n_q, n_k = q.shape[2], k.shape[2]
     stats = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)]
-    functions = {"start": hooks.start_stats, "on_weights": hooks.add_stats, "finish": hooks.store_stats}
-    output, lse = forward(q, k, v, setting, hook=make_hook((*stats, n_q, n_k - n_q), **functions))
+    output, lse = forward(q, k, v, setting, hook=hooks.STATS.given(Stats(*stats)))
     return output, lse, *(stats if k.numel() else (x.zero_() for x in stats))
 
 
@@ -182,9 +172,8 @@ def fold_rows(
     """Fold each query's logits and weights in a second walk along its keys, [B, Hq, M] fp32; see `fold_columns`."""
     result = q.new_full(q.shape[:3], start, dtype=torch.float32)
     capping = describe_logits(1.0, setting.softcap, "ieee")
-    args = RowFold(readable(lse), result, float(start), q.shape[2], capping, constant(fold))
-    hook = make_hook(args, start=hooks.start_fold, on_logits=hooks.fold_row, finish=hooks.store_fold)
-    forward(q, k, k, second_pass(setting), hook=hook, compute_output=False)
+    args = RowFold(readable(lse), result, float(start), capping, constant(fold))
+    forward(q, k, k, second_pass(setting), hook=hooks.FOLD_ROWS.given(args), compute_output=False)
     return result
 
 

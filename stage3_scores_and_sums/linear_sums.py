@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
-from stage2_triton_forward.describe import descriptor, mask_sides, padded_head_dim, readable
+from stage2_triton_forward.describe import Sides, descriptor, mask_sides, padded_head_dim, readable
 from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launcher import TileDescriptor, launch
 
@@ -27,7 +27,7 @@ def linear_row_sum(
     Args: q [B, Hq, M, D], k [B, Hk, N, D] and setting as in `stage2_triton_forward.launch.forward`; out: where to.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    ends = key_ends(mask_sides(n_q, n_k, setting.causal, setting.window), n_k - n_q)
+    ends = key_ends(mask_sides(n_q, n_k, setting.causal, setting.window))
     out = q.new_empty(q.shape[:3], dtype=torch.float32) if out is None else out
     return _interval_sums(q, k, ends, (0, n_k), setting, False, out)
 
@@ -49,22 +49,22 @@ def linear_col_sum(
         [B, Hk, k_stop] fp32.
     """
     n_q, n_k = q.shape[2], k.shape[2]
-    ends = query_ends(mask_sides(n_q, n_k, setting.causal, setting.window), n_k - n_q)
+    ends = query_ends(mask_sides(n_q, n_k, setting.causal, setting.window))
     k_stop = n_k if k_stop is None else k_stop
     out = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if out is None else out
     return _interval_sums(k, q, ends, (q_begin, n_q), setting, True, out)
 
 
-def key_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int | None, int | None]:
-    """Return (begin, stop): query i, which stands at key i + behind, sees the keys i + begin to i + stop."""
-    left, right = sides
-    return None if left is None else behind - left, None if right is None else behind + right + 1
+def key_ends(sides: Sides) -> tuple[int | None, int | None]:
+    """Return (begin, stop): query i, which stands at key i + offset, sees the keys i + begin to i + stop."""
+    left, right, offset = sides
+    return None if left is None else offset - left, None if right is None else offset + right + 1
 
 
-def query_ends(sides: tuple[int | None, int | None], behind: int) -> tuple[int | None, int | None]:
+def query_ends(sides: Sides) -> tuple[int | None, int | None]:
     """Return (begin, stop): key j is seen by the queries j + begin to j + stop."""
-    left, right = sides
-    return None if right is None else -behind - right, None if left is None else -behind + left + 1
+    left, right, offset = sides
+    return None if right is None else -offset - right, None if left is None else -offset + left + 1
 
 
 class Chunks(NamedTuple):

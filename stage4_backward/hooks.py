@@ -5,17 +5,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from stage2_triton_forward.hook import make_hook
 from stage3_scores_and_sums.hooks import final_weights, load_lse, store_rows
 
 from .grad_tiles import column_grads
 
 
 class ColumnGrads(NamedTuple):
-    """The args of `add_column_grads`."""
+    """The args of `COLUMN_GRADS`."""
 
     lse_ptr: tl.tensor  # [B, Hq, M]
     result_ptr: tl.tensor  # [B, Hq, M]
-    n_q: int
     capping: tuple  # `Logits` of scale 1: the loop has scaled the logits, and not capped them
     score_grads: tuple
     LAST: tl.constexpr  # Triton 3.6 loses track of what tuples within tuples hold, unless a constexpr follows them
@@ -24,8 +24,8 @@ class ColumnGrads(NamedTuple):
 @triton.jit
 def start_column_grads(args, place):
     """START of `add_column_grads`."""
-    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * args.n_q
-    return tl.zeros(place.q_idx.shape, tl.float32), load_lse(lse_row, place.q_idx, args.n_q)
+    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * place.n_q
+    return tl.zeros(place.q_idx.shape, tl.float32), load_lse(lse_row, place.q_idx, place.n_q)
 
 
 @triton.jit
@@ -41,4 +41,7 @@ def add_column_grads(args, carry, logits, visible, place, k_start):
 @triton.jit
 def store_column_grads(args, carry, state, lse_log2, begin, stop, place):
     """FINISH of `add_column_grads`."""
-    store_rows(args.result_ptr, carry[0], place, args.n_q)
+    store_rows(args.result_ptr, carry[0], place)
+
+
+COLUMN_GRADS = make_hook(start=start_column_grads, on_logits=add_column_grads, finish=store_column_grads)

@@ -15,19 +15,18 @@ from stage2_triton_forward.describe import (
     readable,
     signed,
 )
-from stage2_triton_forward.hook import constant, make_hook
+from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import forward
 from stage2_triton_forward.launcher import launch
 from stage3_scores_and_sums.column_sum_kernel import Region
 from stage3_scores_and_sums.launch import second_pass
 
-from . import hooks
 from .delta_kernel import delta_kernel
 from .grad_kv_kernel import grad_kv_kernel
 from .grad_q_kernel import grad_q_kernel
 from .grad_tiles import ScoreGrads
 from .gradients import Gradients
-from .hooks import ColumnGrads
+from .hooks import COLUMN_GRADS, ColumnGrads
 from .linear_grads import linear_col_sum_grads, linear_row_sum_grads
 from .recompute_pytorch import grad_of_sinks
 from .tile_config import backward_configs, delta_config
@@ -161,8 +160,6 @@ def through_columns(q: Tensor, k: Tensor, lse: Tensor, score_grads: ScoreGrads, 
     """Return Σ_j P_ij·g_j, [B, Hq, M], for the gradient g of column sums: one more walk along the keys."""
     result = torch.zeros_like(lse)
     capping = describe_logits(1.0, setting.softcap, "ieee")
-    args = ColumnGrads(lse, result, q.shape[2], capping, score_grads, constant(None))
-    functions = (hooks.start_column_grads, hooks.add_column_grads, hooks.store_column_grads)
-    hook = make_hook(args, **dict(zip(("start", "on_logits", "finish"), functions, strict=True)))
-    forward(q, k, k, second_pass(setting), hook=hook, compute_output=False)
+    args = ColumnGrads(lse, result, capping, score_grads, constant(None))
+    forward(q, k, k, second_pass(setting), hook=COLUMN_GRADS.given(args), compute_output=False)
     return result

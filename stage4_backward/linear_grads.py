@@ -29,9 +29,9 @@ def linear_row_sum_grads(
     n_q, n_k = q.shape[2], k.shape[2]
     sides = mask_sides(n_q, n_k, setting.causal, setting.window)
     grad = grad.float()
-    grad_q = _interval_vectors(q, k, key_ends(sides, n_k - n_q), (0, n_k), setting, False, factor=grad)
+    grad_q = _interval_vectors(q, k, key_ends(sides), (0, n_k), setting, False, factor=grad)
     weighted = q.float() * grad[..., None]
-    grad_k = _interval_vectors(k, weighted, query_ends(sides, n_k - n_q), (0, n_q), setting, True)
+    grad_k = _interval_vectors(k, weighted, query_ends(sides), (0, n_q), setting, True)
     return grad_q, grad_k
 
 
@@ -54,9 +54,9 @@ def linear_col_sum_grads(
     sides = mask_sides(n_q, n_k, setting.causal, setting.window)
     grad = torch.nn.functional.pad(grad.float(), (0, n_k - grad.shape[2]))
     weighted = k.float() * grad[..., None]
-    grad_q = _interval_vectors(q, weighted, key_ends(sides, n_k - n_q), (0, n_k), setting, False)
+    grad_q = _interval_vectors(q, weighted, key_ends(sides), (0, n_k), setting, False)
     grad_q[:, :, :q_begin] = 0
-    grad_k = _interval_vectors(k, q, query_ends(sides, n_k - n_q), (q_begin, n_q), setting, True, factor=grad)
+    grad_k = _interval_vectors(k, q, query_ends(sides), (q_begin, n_q), setting, True, factor=grad)
     return grad_q, grad_k
 
 

@@ -9,7 +9,7 @@ from helpers import Case, make_qkv
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
-from stage2_triton_forward.forward_kernel import Logits, Tiles  # noqa: E402
+from stage2_triton_forward.forward_kernel import Logits, Loop, Tiles  # noqa: E402
 from stage2_triton_forward.hook import PLAIN, Place  # noqa: E402
 from stage2_triton_forward.launch import descriptor, key_mask  # noqa: E402
 from stage2_triton_forward.tiles import Dropout, SoftmaxState  # noqa: E402
@@ -133,23 +133,23 @@ def test_online_softmax_step(tiles, device, magnitude):
 
 @triton.jit
 def loop_kernel(
-    q_desc, k_desc, v_desc, max_ptr, sum_ptr, acc_ptr, mask, to_logits, dropout, tiles, hook, begin, stop,
+    q_desc, k_desc, v_desc, max_ptr, sum_ptr, acc_ptr, loop, hook, begin, stop,
     MASKED: tl.constexpr, N_HEADS: tl.constexpr, ATTEND_KEYS: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = tiles.BLOCK_M
-    DV: tl.constexpr = tiles.BLOCK_DV
+    M: tl.constexpr = loop.tiles.BLOCK_M
+    DV: tl.constexpr = loop.tiles.BLOCK_DV
     batch_head = tl.program_id(0)
     batch = batch_head // N_HEADS
     head = batch_head % N_HEADS
     q_idx = tl.arange(0, M)
-    q_tile = q_desc.load([batch, head, 0, 0]).reshape(M, tiles.BLOCK_D)
+    q_tile = q_desc.load([batch, head, 0, 0]).reshape(M, loop.tiles.BLOCK_D)
     state = SoftmaxState(
         tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, DV], tl.float32)
     )
     state, _ = ATTEND_KEYS(
         state, (), begin, stop, MASKED,
-        q_tile, k_desc, v_desc, to_logits.scale, mask, to_logits, dropout, tiles, hook,
-        Place(batch, head, batch_head, 0, q_idx, q_desc), True,
+        q_tile, loop.to_logits.scale, k_desc, v_desc, loop, hook,
+        Place(batch, head, batch_head, 0, q_idx, loop.mask.n_q, loop.mask.offset, q_desc), True,
     )  # fmt: skip
     tl.store(max_ptr + batch_head * M + q_idx, state.row_max)
     tl.store(sum_ptr + batch_head * M + q_idx, state.row_sum)
@@ -167,10 +167,12 @@ def test_attend_keys(graded, device, begin, stop, masked, dtype):
         row_max,
         row_sum,
         acc,
-        key_mask(16, 57, masked, None, None, placeholder=acc),
-        Logits(0.2, 1.0, *map(tl.constexpr, (False, "ieee"))),
-        Dropout(0, 0, 1.0, tl.constexpr(False)),
-        Tiles(*map(tl.constexpr, (2, 16, 16, 32, 32))),
+        Loop(
+            key_mask(16, 57, masked, None, None, placeholder=acc),
+            Logits(0.2, 1.0, *map(tl.constexpr, (False, "ieee"))),
+            Dropout(0, 0, 1.0, tl.constexpr(False)),
+            Tiles(*map(tl.constexpr, (2, 16, 16, 32, 32))),
+        ),
         PLAIN,
         begin,
         stop,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import LOG2_E
+from .forward_kernel import add_sink
+from .tiles import LN_2, LOG2_E
 
 
 @triton.jit
@@ -35,9 +36,8 @@ def merge_kernel(
     tl.static_assert(False, "Task 2.9: step 1: the lse of the whole row, -inf where no part saw a key")
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + row // n_q % N_HEADS).to(tl.float32)
-        larger = tl.maximum(lse, sink)
-        with_sink = larger + tl.log(tl.exp(lse - larger) + tl.exp(sink - larger))
-        lse = tl.where(row_sum == 0.0, lse, with_sink)
+        _, above = add_sink(1.0, (lse - shift) * LOG2_E, (sink - shift) * LOG2_E)  # relative to `shift`: small numbers
+        lse = shift + above * LN_2
     tl.static_assert(False, "Task 2.9: step 2: the share of each part; below, the parts added up")
     parts = tl.load(
         partial_out_ptr + part_rows[:, None] * HEAD_DIM_V + d_idx[None, :],

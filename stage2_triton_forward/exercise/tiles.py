@@ -12,10 +12,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Mask(NamedTuple):
-    """Who sees whom: query i sees real key j < n_k iff -right <= i + n_k - n_q - j <= left. Capitals are constexpr."""
+    """Who sees whom: query i sees real key j < n_k iff -right <= i + offset - j <= left. Capitals are constexpr."""
 
     n_q: int
     n_k: int
+    offset: int  # n_k - n_q: query i stands at key i + offset, the last query at the last key
     left: int
     right: int
     padding_ptr: tl.tensor  # [B, n_k], nonzero for a real key
@@ -72,7 +73,7 @@ def real_keys(padding_ptr, n_k, batch, k_idx):
 @triton.jit
 def visible_tile(mask, batch, q_idx, k_idx):
     """Return [BLOCK_M, BLOCK_N], True where a query sees a key; rows past the last query are not told apart."""
-    position = q_idx[:, None] + (mask.n_k - mask.n_q)  # the last query stands at the last key
+    position = q_idx[:, None] + mask.offset
     tl.static_assert(False, "Task 2.3: which keys exist and lie within the query's window")
     if mask.HAS_PADDING:
         visible = visible & real_keys(mask.padding_ptr, mask.n_k, batch, k_idx)[None, :]
@@ -86,8 +87,8 @@ def visible_keys(mask, q_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     No row of the tile sees a key before `begin` or from `stop` on; every row sees every key of the inner range, whose
     ends, like `begin`, are multiples of BLOCK_N. (Key padding is not considered.)
     """
-    first_position = q_start + mask.n_k - mask.n_q
-    last_position = tl.minimum(q_start + BLOCK_M, mask.n_q) - 1 + mask.n_k - mask.n_q
+    first_position = q_start + mask.offset
+    last_position = tl.minimum(q_start + BLOCK_M, mask.n_q) - 1 + mask.offset
     tl.static_assert(False, "Task 2.4: where visible keys begin and stop, and within, the tiles that need no mask")
     return begin, whole_begin, whole_stop, stop
 

@@ -1,7 +1,8 @@
 """Hooks for the loops: what to do with a tile of logits or weights beside attention.
 
-Hooks of the forward loop come in sets of functions (see `stage2_triton_forward/hook.py`). A fold takes one tile after
-another into an accumulator, and leaves of a tile [R, C] the first axis: queries for rows, keys for columns.
+Hooks of the forward loop are sets of functions (see `stage2_triton_forward/hook.py`), put together below the last of
+them; a launch gives them their args: `ROW_SUM.given(RowSum(row_sum))`. A fold takes one tile after another into an
+accumulator, and leaves of a tile [R, C] the first axis: queries for rows, keys for columns.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,28 @@ import triton
 import triton.language as tl
 
 from stage2_triton_forward.forward_kernel import cap_logits
+from stage2_triton_forward.hook import make_hook
 from stage2_triton_forward.tiles import LN_2, LOG2_E
 
 
 @triton.jit
+def long_and_short(turn, m_blocks):
+    """ROWS: the longest, the shortest, the second longest …: rows of scores that compute run beside rows of zeros."""
+    return tl.where(turn % 2 == 0, m_blocks - 1 - turn // 2, turn // 2)
+
+
+class Scores(NamedTuple):
+    """The args of `STORE_SCORES`: the scores of the queries from q_begin on and the keys before k_stop."""
+
+    scores_ptr: tl.tensor  # [B·Hq, M - q_begin, k_stop]
+    q_begin: int
+    k_stop: int
+
+
+@triton.jit
 def store_logits(args, carry, logits, visible, place, k_start):
-    """ON_LOGITS: store a tile, masked logits as 0; args: (scores [B·Hq, M - q_begin, k_stop], q_begin, M, k_stop)."""
-    store_scores(args, tl.where(visible, logits, 0.0), place, k_start, args[3])
+    """ON_LOGITS: store a tile, masked logits as 0; args: Scores."""
+    store_scores(args, tl.where(visible, logits, 0.0), place, k_start, args.k_stop)
     return carry
 
 
@@ -24,7 +40,7 @@ def store_logits(args, carry, logits, visible, place, k_start):
 def store_zeros(args, carry, state, lse_log2, begin, stop, place):
     """FINISH of `store_logits`: the keys that the walk left out, so that each element is written exactly once."""
     BLOCK: tl.constexpr = 64
-    k_stop = args[3]
+    k_stop = args.k_stop
     zeros = tl.zeros([place.q_idx.shape[0], BLOCK], tl.float32)
     tl.static_assert(False, "Task 3.2: zeros up to the first key visited, and from the last one on")
 
@@ -32,15 +48,17 @@ def store_zeros(args, carry, state, lse_log2, begin, stop, place):
 @triton.jit
 def store_scores(args, scores, place, k_start, k_stop):
     """Store the part of a tile that lies in the queries from q_begin on and the keys before k_stop."""
-    scores_ptr, q_begin, n_q, row_length = args
     q_idx, k_idx = place.q_idx, k_start + tl.arange(0, scores.shape[1])
     tl.static_assert(False, "Task 3.1: where the tile's rows lie, in 64 bits, and which elements are asked for")
     tl.store(
         head_ptr + rows[:, None] + k_idx[None, :],
-        scores.to(scores_ptr.dtype.element_ty),
+        scores.to(args.scores_ptr.dtype.element_ty),
         mask=inside,
         eviction_policy="evict_first",
     )
+
+
+STORE_SCORES = make_hook(rows=long_and_short, on_logits=store_logits, finish=store_zeros)
 
 
 @triton.jit
@@ -90,17 +108,25 @@ def add_row_sum(args, carry, logits, visible, place, k_start):
 
 @triton.jit
 def store_row_sum(args, carry, state, lse_log2, begin, stop, place):
-    """FINISH of `add_row_sum`; args: (row_sum [B·Hq, M], M)."""
-    store_rows(args[0], carry[0], place, args[1])
+    """FINISH of `add_row_sum`; args: RowSum."""
+    store_rows(args.row_sum_ptr, carry[0], place)
+
+
+ROW_SUM = make_hook(start=start_row_sum, on_logits=add_row_sum, finish=store_row_sum)
+
+
+class ColSum(NamedTuple):
+    """The args of `COL_SUM_ATOMIC_…`: the sums over the queries from q_begin on."""
+
+    col_sum_ptr: tl.tensor  # [B·Hk, k_stop]
+    group: int  # query heads to a key head
+    q_begin: int
+    k_stop: int
 
 
 @triton.jit
 def add_col_sum_atomic(args, carry, logits, visible, place, k_start):
-    """ON_LOGITS: add a tile's column sums; programs meet at the same keys, in an order that nobody fixes.
-
-    args: (col_sum [B·Hk, k_stop], query heads to a key head, q_begin, k_stop); only queries from q_begin on count.
-    """
-    col_sum_ptr, group, q_begin, k_stop = args
+    """ON_LOGITS: add a tile's column sums; programs meet at the same keys, in any order; args: ColSum."""
     tl.static_assert(False, "Task 3.7: the tile's column sums, added atomically to those of its key head")
     return carry
 
@@ -117,10 +143,16 @@ def round_robin(args, k_start, begin, stop, place, BLOCK_N: tl.constexpr):
     tl.static_assert(False, "Task 3.6: as many tiles further on as this tile of queries has before it, and round")
 
 
-@triton.jit
-def long_and_short(turn, m_blocks):
-    """ROWS: the longest, the shortest, the second longest …: rows of scores that compute run beside rows of zeros."""
-    return tl.where(turn % 2 == 0, m_blocks - 1 - turn // 2, turn // 2)
+COL_SUM_ATOMIC_REVERSE = make_hook(order=reversed_order, on_logits=add_col_sum_atomic)
+COL_SUM_ATOMIC_ROUND_ROBIN = make_hook(order=round_robin, on_logits=add_col_sum_atomic)
+
+
+class Stats(NamedTuple):
+    """The args of `STATS`."""
+
+    entropy_ptr: tl.tensor  # [B·Hq, M]
+    max_weight_ptr: tl.tensor  # [B·Hq, M]
+    mean_distance_ptr: tl.tensor  # [B·Hq, M]
 
 
 @triton.jit
@@ -138,30 +170,31 @@ def add_stats(args, carry, before, after, logits, weights, scale_log2, place, k_
     weighted_log, weighted_distance = carry
     tl.static_assert(False, "Task 3.16: step 1: how far log2 of the old weights falls, and log2 of the new ones")
     k_idx = k_start + tl.arange(0, logits.shape[1])
-    distance = tl.abs(place.q_idx[:, None] + args[4] - k_idx[None, :])
+    distance = tl.abs(place.q_idx[:, None] + place.offset - k_idx[None, :])
     tl.static_assert(False, "Task 3.16: step 2: both sums, moved to the new max, and this tile's part of them")
     return weighted_log, weighted_distance
 
 
 @triton.jit
 def store_stats(args, carry, state, lse_log2, begin, stop, place):
-    """FINISH of `add_stats`; args: (entropy, max weight, mean distance, each [B·Hq, M], M, N - M)."""
-    entropy_ptr, max_weight_ptr, mean_distance_ptr, n_q, _ = args
+    """FINISH of `add_stats`; args: Stats."""
     weighted_log, weighted_distance = carry
     empty = state.row_sum == 0.0
     tl.static_assert(False, "Task 3.17: largest weight, entropy in nats, mean distance; 0 for rows without keys")
-    store_rows(entropy_ptr, entropy, place, n_q)
-    store_rows(max_weight_ptr, max_weight, place, n_q)
-    store_rows(mean_distance_ptr, mean_distance, place, n_q)
+    store_rows(args.entropy_ptr, entropy, place)
+    store_rows(args.max_weight_ptr, max_weight, place)
+    store_rows(args.mean_distance_ptr, mean_distance, place)
+
+
+STATS = make_hook(start=start_stats, on_weights=add_stats, finish=store_stats)
 
 
 class RowFold(NamedTuple):
-    """The args of `fold_row`; capitals are constexpr."""
+    """The args of `FOLD_ROWS`; capitals are constexpr."""
 
     lse_ptr: tl.tensor  # [B·Hq, M], from an earlier pass
     result_ptr: tl.tensor  # [B·Hq, M]
     start: float
-    n_q: int
     capping: tuple  # `Logits` of scale 1: the loop has scaled the logits, and not capped them
     FOLD: tl.constexpr
 
@@ -169,8 +202,8 @@ class RowFold(NamedTuple):
 @triton.jit
 def start_fold(args, place):
     """START of `fold_row`: the accumulator, and the normaliser that an earlier pass has found."""
-    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * args.n_q
-    return tl.full(place.q_idx.shape, args.start, tl.float32), load_lse(lse_row, place.q_idx, args.n_q)
+    lse_row = args.lse_ptr + place.batch_head.to(tl.int64) * place.n_q
+    return tl.full(place.q_idx.shape, args.start, tl.float32), load_lse(lse_row, place.q_idx, place.n_q)
 
 
 @triton.jit
@@ -183,13 +216,16 @@ def fold_row(args, carry, logits, visible, place, k_start):
 @triton.jit
 def store_fold(args, carry, state, lse_log2, begin, stop, place):
     """FINISH of `fold_row`."""
-    store_rows(args.result_ptr, carry[0], place, args.n_q)
+    store_rows(args.result_ptr, carry[0], place)
+
+
+FOLD_ROWS = make_hook(start=start_fold, on_logits=fold_row, finish=store_fold)
 
 
 @triton.jit
-def store_rows(ptr, values, place, n_q):
+def store_rows(ptr, values, place):
     """Store a statistic of each query of a tile in [B·Hq, M]."""
-    tl.store(ptr + place.batch_head.to(tl.int64) * n_q + place.q_idx, values, mask=place.q_idx < n_q)
+    tl.store(ptr + place.batch_head.to(tl.int64) * place.n_q + place.q_idx, values, mask=place.q_idx < place.n_q)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Gradients of keys and values: key-stationary, so that each has one owner and nothing is added atomically."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,6 +10,16 @@ from stage3_scores_and_sums.column_sum_kernel import visible_queries
 from stage3_scores_and_sums.hooks import final_weights, load_lse
 
 from .grad_tiles import dropped, grad_logits
+
+
+class Keys(NamedTuple):
+    """The tile of keys, with their values, that a program owns."""
+
+    batch: int
+    kv_head: int
+    k_idx: tl.tensor  # [BLOCK_N]
+    k_tile: tl.tensor  # [BLOCK_N, BLOCK_D]
+    v_tile: tl.tensor  # [BLOCK_N, BLOCK_DV]
 
 
 @triton.jit
@@ -20,10 +32,7 @@ def grad_kv_kernel(
     grad_v_desc,  # [B, Hk, N, Dv]
     lse_ptr,  # [B, Hq, M]
     delta_ptr,  # [B, Hq, M]
-    mask,
-    to_logits,
-    dropout,
-    tiles,
+    loop,
     score_grads,
     region,
     N_HEADS: tl.constexpr,
@@ -34,62 +43,53 @@ def grad_kv_kernel(
     Grid: (batch·Hk, key tiles): under a causal mask the first keys, which most queries see, start first.
     Source: FlashAttention-2 (Dao 2023), Algorithm 2; eq. 15 and 19.
     """
-    BLOCK_N: tl.constexpr = tiles.BLOCK_N
-    kv_heads: tl.constexpr = N_HEADS // tiles.GROUP
+    BLOCK_N: tl.constexpr = loop.tiles.BLOCK_N
+    kv_heads: tl.constexpr = N_HEADS // loop.tiles.GROUP
     batch = tl.program_id(0) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
     k_start = tl.program_id(1) * BLOCK_N
     k_idx = k_start + tl.arange(0, BLOCK_N)
     tl.static_assert(False, "Task 4.13: step 1: what stays while the queries pass by, and which queries those are")
-    grad_k = tl.zeros([BLOCK_N, tiles.BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, tiles.BLOCK_DV], tl.float32)
-    if mask.HAS_RIGHT:  # the diagonal
-        grad_k, grad_v = walk_queries(
-            grad_k, grad_v, begin, tl.minimum(whole_begin, stop), True,
-            q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
-            mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
-        )  # fmt: skip
-    grad_k, grad_v = walk_queries(
-        grad_k, grad_v, whole_begin, whole_stop, False,
-        q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
-        mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
-    )  # fmt: skip
-    if HAS_TAIL:  # where the window ends, and queries that do not fill a tile
-        grad_k, grad_v = walk_queries(
-            grad_k, grad_v, whole_stop, stop, True,
-            q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
-            mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS,
-        )  # fmt: skip
+    keys = Keys(batch, kv_head, k_idx, k_tile, v_tile)
+    grad_k = tl.zeros([BLOCK_N, loop.tiles.BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, loop.tiles.BLOCK_DV], tl.float32)
+    parts = ((begin, tl.minimum(whole_begin, stop)), (whole_begin, whole_stop), (whole_stop, stop))
+    EXISTS: tl.constexpr = (loop.mask.HAS_RIGHT, True, HAS_TAIL)
+    for PART in tl.static_range(3):  # the diagonal; whole tiles; where the window ends, and queries that fill no tile
+        if EXISTS[PART]:
+            grad_k, grad_v = walk_queries(
+                grad_k, grad_v, parts[PART][0], parts[PART][1], PART != 1,
+                keys, q_desc, grad_out_desc, lse_ptr, delta_ptr, loop, score_grads, N_HEADS,
+            )  # fmt: skip
     tl.static_assert(False, "Task 4.13: step 2: the factor that dK still lacks, and store both")
 
 
 @triton.jit
 def walk_queries(
     grad_k, grad_v, begin, stop, MASKED: tl.constexpr,
-    q_desc, k_tile, v_tile, grad_out_desc, lse_ptr, delta_ptr,
-    mask, to_logits, dropout, tiles, score_grads, batch, kv_head, k_idx, N_HEADS: tl.constexpr,
+    keys, q_desc, grad_out_desc, lse_ptr, delta_ptr, loop, score_grads, N_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries from `begin` to `stop` of every head of the group give; tiles stand as Sᵀ = K·Qᵀ."""
-    BLOCK_M: tl.constexpr = tiles.BLOCK_M
+    BLOCK_M: tl.constexpr = loop.tiles.BLOCK_M
     n_tiles = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
     divisor = tl.maximum(n_tiles, 1)  # loads run ahead of the loop, where x // 0 would mean that there is a tile
-    for step in tl.range(0, n_tiles * tiles.GROUP, disable_licm=MASKED):
+    for step in tl.range(0, n_tiles * loop.tiles.GROUP, disable_licm=MASKED):
         tl.static_assert(False, "Task 4.14: step 1: which query head of the group this step belongs to")
         q_start = begin + step % divisor * BLOCK_M
         q_idx = q_start + tl.arange(0, BLOCK_M)
-        batch_head = batch * N_HEADS + head
-        row = batch_head.to(tl.int64) * mask.n_q
+        batch_head = keys.batch * N_HEADS + head
+        row = batch_head.to(tl.int64) * loop.mask.n_q
         tl.static_assert(False, "Task 4.14: step 2: transposed: logits, dP, and the weights again")
-        visible = (k_idx < mask.n_k)[:, None]
-        if MASKED or mask.HAS_PADDING:
+        visible = (keys.k_idx < loop.mask.n_k)[:, None]
+        if MASKED or loop.mask.HAS_PADDING:
             tl.static_assert(False, "Task 4.14: step 3: who sees whom, transposed; weights of 0 where nobody does")
         kept = weights
-        if dropout.ENABLED:
+        if loop.dropout.ENABLED:
             tl.static_assert(False, "Task 4.14: step 4: the forward pass's dropout, on `kept` and on dP")
         tl.static_assert(False, "Task 4.14: step 5: the weights kept, times dO, join the gradient of v")
         grad = grad_logits(
-            to_logits, score_grads, mask, logits, weights, grad_weights, delta[None, :], visible,
-            batch_head, q_idx[None, :], k_idx[:, None],
+            loop.to_logits, score_grads, loop.mask, logits, weights, grad_weights, delta[None, :], visible,
+            batch_head, q_idx[None, :], keys.k_idx[:, None],
         )  # fmt: skip
         tl.static_assert(False, "Task 4.14: step 6: dS times Q, transposed, joins the gradient of k")
     return grad_k, grad_v

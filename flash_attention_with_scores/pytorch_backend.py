@@ -17,8 +17,7 @@ from stage4_backward.statistics import Statistic
 from .backend import Room
 from .validation import check_fold_arguments
 
-_BLOCK_M, _BLOCK_N = 128, 512  # large enough to keep PyTorch busy, and still O(N)
-_TILES = {"block_m": _BLOCK_M, "block_n": _BLOCK_N}
+_TILES = {"block_m": 128, "block_n": 512}  # large enough to keep PyTorch busy, and still O(N)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, ...]:
@@ -103,7 +102,7 @@ def attention_with_stats(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> t
 def compute_attention_scores(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
     """Return the scores alone."""
     keep = StoreScores(q, k)
-    grid = TileGrid(q, k, setting._replace(softcap=None), _BLOCK_M, _BLOCK_N)
+    grid = TileGrid(q, k, setting, **_TILES)
     for q_rows in blocks(q.shape[2], grid.block_m):
         for tile in grid.tiles_of(q_rows):
             keep(tile)

@@ -40,7 +40,7 @@ def tiled_row_stats(
     Returns:
         A RowStats. With a sink the weights of a row add up to less than 1, and its entropy is that of the keys alone.
     """
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     row_lse = finite(lse).unflatten(1, grid.q.shape[1:3])[..., None]  # [B, Hk, G, M, 1]
     entropy, max_weight, distance_sum, weight_sum = lse.new_zeros(4, *grid.q.shape[:-1])  # [B, Hk, G, M] each
     for tile, weights in weight_tiles(grid, lse):
@@ -80,7 +80,7 @@ def fold_rows(
     Returns:
         [B, Hq, M], acc after the last tile; `start` for rows that no tile touched.
     """
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     acc = lse.new_full(grid.q.shape[:-1], start)  # [B, Hk, G, M]
     for q_rows, _, *tile in _fold_tiles(grid, lse):
         acc[..., q_rows] = fold(acc[..., q_rows], *tile)
@@ -108,7 +108,7 @@ def fold_cols(
     Returns:
         [B, Hk, N], acc after the last tile; `start` for keys that no tile touched.
     """
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     acc = lse.new_full(k.shape[:3], start)  # [B, Hk, N]
     for _, k_cols, logits, weights, q_idx, k_idx in _fold_tiles(grid, lse):
         for head in range(grid.q.shape[2]):

@@ -57,7 +57,7 @@ def tiled_attention(
     squeeze = q.ndim == 3
     if squeeze:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     v = v.unsqueeze(2)  # [B, Hk, 1, N, Dv]
     wide = grid.wide
     batch, n_kv_heads, group, n_q, _ = grid.q.shape
@@ -110,7 +110,7 @@ def tiled_softmax_col_sum(
     squeeze = q.ndim == 3
     if squeeze:
         q, k, lse = (x.unsqueeze(1) for x in (q, k, lse))
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     col_sum = lse.new_zeros(*grid.q.shape[:3], k.shape[2] if k_stop is None else k_stop)  # [B, Hk, G, k_stop]
     for tile, weights in weight_tiles(grid, lse, q_begin, q_stop, k_stop):
         col_sum[..., tile.k_cols] += weights.sum(-2)
@@ -144,7 +144,7 @@ def weight_tiles(
 class TileGrid:
     """Cuts the M×N matrix of logits into tiles, and yields the visible ones of a block of queries."""
 
-    def __init__(self, q: Tensor, k: Tensor, setting: Setting = FULL, block_m: int = 16, block_n: int = 16):
+    def __init__(self, q: Tensor, k: Tensor, setting: Setting = FULL, *, block_m: int = 16, block_n: int = 16):
         n_kv_heads = k.shape[1]
         self.q = q.unflatten(1, (n_kv_heads, q.shape[1] // n_kv_heads))  # [B, Hk, G, M, D]
         self.k = k.unsqueeze(2)  # [B, Hk, 1, N, D]

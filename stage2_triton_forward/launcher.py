@@ -137,11 +137,12 @@ def _may_repeat(kernel) -> bool:
 
 def _launch_by_triton(kernel, grid, config, args: tuple, constants: dict):
     """Launch in Triton's own way; return what it compiled."""
-    plain = map(_as_triton_knows_it, args)
+    plain = map(as_triton_takes_it, args)
     return kernel[grid](*plain, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def _as_triton_knows_it(x):
+def as_triton_takes_it(x):
+    """Return an argument of `launch` as `kernel[grid](…)` takes it."""
     if type(x) is TileDescriptor:
         return TensorDescriptor(x.base, list(x.layout.shape), list(x.layout.strides), x.layout.tile)
     return x.value if type(x) is Known else x

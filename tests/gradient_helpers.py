@@ -10,6 +10,7 @@ from torch import Tensor
 from course.grader import compare
 from stage1_pytorch_tiled.dense import naive_attention
 from stage1_pytorch_tiled.philox import keep_mask
+from stage1_pytorch_tiled.setting import Setting
 from stage4_backward.gradients import Gradients
 
 WHOLE = (0, None, None)  # q_begin, q_stop, k_stop of column sums
@@ -154,7 +155,7 @@ class Kernel:
         monkeypatch.setattr(launch, other, Skipped())
 
     def __call__(self, problem: Problem) -> dict[str, Tensor]:
-        found = self.launch.backward(*problem.inputs, Gradients(**problem.grads), **problem.options)
+        found = self.launch.backward(*problem.inputs, Gradients(**problem.grads), Setting(**problem.options))
         return {name: found["qkv".index(name)] for name in self.gradients}
 
     def check(self, problem: Problem) -> None:

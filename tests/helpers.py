@@ -1,11 +1,15 @@
 """Inputs and comparisons shared by the tests."""
 
+import functools
+import inspect
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
 from course.grader import compare
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -77,3 +81,34 @@ def assert_right(name, actual, oracle, naive, dtype=None, atol=0.0):
 
 def _widen(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def flat(stage):
+    """Let tests say attention's options one by one, as the oracle takes them.
+
+    Args:
+        stage: a function of a stage, `f(q, k, …, setting, more, *, own…)`, or a module of such.
+
+    Returns:
+        `f(q, k, …, more, causal, sm_scale, dropout_p, seed, *, window=…, own…)`, or a module of such.
+    """
+    if isinstance(stage, ModuleType):
+        return SimpleNamespace(**{name: flat(x) if _takes_setting(x) else x for name, x in vars(stage).items()})
+
+    @functools.wraps(stage)
+    def call(*args, **options):
+        others = [x.name for x in inspect.signature(stage).parameters.values() if x.kind is x.POSITIONAL_OR_KEYWORD]
+        others.remove("setting")
+        own = dict(zip(others, args, strict=False))
+        given = dict(zip(Setting._fields, args[len(own) :], strict=False))
+        given |= {name: options.pop(name) for name in Setting._fields if name in options}
+        return stage(setting=Setting(**given), **own, **options)
+
+    return call
+
+
+def _takes_setting(x):
+    """Return whether x is a function, or a class like TileGrid, that is given a whole Setting."""
+    is_own = getattr(x, "__module__", "").startswith("stage")
+    is_callable = inspect.isfunction(x) or (inspect.isclass(x) and not issubclass(x, tuple))
+    return is_own and is_callable and "setting" in inspect.signature(x).parameters

@@ -15,11 +15,13 @@ from benchmark.cases import SHARED_MEMORY_LIMIT, Shape
 from benchmark.record import TimeLimit
 from benchmark.render import load
 from course import shipped
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.launch import forward, simple_forward
 from stage2_triton_forward.tile_config import TileConfig, choose, forward_config
 from stage3_scores_and_sums import launch as stage3
 from stage3_scores_and_sums.column_sums import softmax_col_sum
 
+CAUSAL = Setting(causal=True)
 interpreted = pytest.mark.skipif(TRITON_MODE != "interpreted", reason="counts in Triton's interpreter")
 FITS = {"registers": 128, "stack_bytes": 0, "shared_bytes": 1000}
 
@@ -74,8 +76,8 @@ def test_a_chosen_config_reaches_the_kernels(block_m):
     q, k, v = qkv()
     config = TileConfig(block_m, 32, 4, 2)
     with choose(forward=config, column_sum=config._replace(block_n=block_m)), counted() as traffic:
-        _, lse = forward(q, k, v, True)
-        softmax_col_sum(q, k, lse, True)
+        _, lse = forward(q, k, v, CAUSAL)
+        softmax_col_sum(q, k, lse, CAUSAL)
     assert traffic.programs == {"forward_kernel": 64 // block_m, "column_sum_kernel": 64 // block_m}
     assert forward_config(q, 64, False, False) != config, "it outlived the block"
 
@@ -115,7 +117,7 @@ TILE = 64 * 64 * 2  # bytes of a tile of q, k, v or the output
         (simple_forward, 128, (2 + 4 + 4) * TILE, 2 * (TILE + 64 * 4)),
         (simple_forward, 40, 3 * 40 * 64 * 2, 40 * 64 * 2 + 40 * 4),
         (forward, 64, 3 * TILE, TILE + 64 * 4),
-        (lambda q, k, v: forward(q, k, v, True), 128, (2 + 3 + 3) * TILE, 2 * (TILE + 64 * 4)),
+        (lambda q, k, v: forward(q, k, v, CAUSAL), 128, (2 + 3 + 3) * TILE, 2 * (TILE + 64 * 4)),
         (lambda q, k, v: stage3.compute_attention_scores(q, k), 64, 2 * TILE, TILE),
         (
             lambda q, k, v: stage3.attention_with_col_sum(q, k, v, algorithm="atomic_reverse"),

@@ -9,6 +9,7 @@ import triton.language as tl
 from conftest import TRITON_MODE
 from helpers import Case, make_qkv
 
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward import quick_interpreter
 from stage2_triton_forward.launch import forward
 
@@ -38,12 +39,12 @@ def test_same_bits_as_triton(monkeypatch):
     from triton.runtime import interpreter
 
     q, k, v = make_qkv(Case(1, 4, 2, 33, 70, 24, True), torch.float16)
-    options = {"window": (40, None), "softcap": 3.0, "dropout_p": 0.3, "seed": 5}
-    quick = forward(q, k, v, True, **options)
+    setting = Setting(causal=True, window=(40, None), softcap=3.0, dropout_p=0.3, seed=5)
+    quick = forward(q, k, v, setting)
     for (place, name), original in originals(interpreter).items():
         monkeypatch.setattr(place, name, original)
     monkeypatch.delattr(tl.core.tuple, "type")
-    slow = forward(q, k, v, True, **options)
+    slow = forward(q, k, v, setting)
     assert all(torch.equal(a, b) for a, b in zip(quick, slow, strict=True))
 
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flash_attention_with_scores as library
 from course.largest_tensor import LargestTensor
 from flash_attention_with_scores import attention_with_scores, compute_attention_scores
-from flash_attention_with_scores.problem import needs_operator
 
 CACHE = Case(2, 4, 2, 40, 130, 24, True)
 ROOT = Path(__file__).parent.parent
@@ -201,12 +200,12 @@ def test_empty_tensors(device, backend, shape):
 
 
 def test_only_plain_calls_pass_the_operators_by():
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from stage4_backward.operators import needs_operator
+
     q = torch.zeros(1, 1, 2, 16)
-    learnt = torch.nn.Parameter(q)
     assert not needs_operator(q, q, q, None)
-    assert needs_operator(q, learnt)
-    with torch.no_grad():
-        assert not needs_operator(q, learnt)
+    assert not needs_operator(q, torch.nn.Parameter(q)), "autograd alone needs none"
     with FakeTensorMode() as mode:
         assert needs_operator(mode.from_tensor(q))
         assert needs_operator(q)

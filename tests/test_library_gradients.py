@@ -368,25 +368,23 @@ def test_sums_over_a_part_of_the_queries(device, backend):
 def forward_arguments(device, sinks=False):
     q, k, v = (x.requires_grad_() for x in make_qkv(SMALL, device=device))
     sinks = torch.randn(2, device=device, requires_grad=True) if sinks else None
-    return q, k, v, True, 0.25, 0.0, 0, 6, None, None, sinks, None
+    return q, k, v, True, 0.25, 0.0, 0, 6, None, None, sinks, None, None
 
 
 def test_opcheck_of_attention(device):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    import stage4_backward.ops  # noqa: F401
-    from stage2_triton_forward.ops import forward_op
+    from stage4_backward.operators import attention
 
-    torch.library.opcheck(forward_op, (*forward_arguments(device), None))
-    torch.library.opcheck(forward_op, (*forward_arguments(device, sinks=True), None))
+    torch.library.opcheck(attention.op, forward_arguments(device))
+    torch.library.opcheck(attention.op, forward_arguments(device, sinks=True))
 
 
 @pytest.mark.parametrize("name", ["scores", "row_sum", "col_sum", "softmax_col_sum", "stats"])
 def test_opcheck_of_statistics(device, name):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    import stage4_backward.ops  # noqa: F401
-    from stage3_scores_and_sums import ops
+    from stage4_backward import operators
 
-    operator = getattr(ops, f"attention_with_{name}")
+    operator = getattr(operators, f"attention_with_{name}")
     arguments = (*forward_arguments(device), *operator.defaults.values())
     if name == "stats":  # has no gradient
         arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -395,19 +393,18 @@ def test_opcheck_of_statistics(device, name):
 
 def test_opcheck_of_scores_alone(device):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    import stage4_backward.ops  # noqa: F401
-    from stage3_scores_and_sums.ops import compute_attention_scores
+    from stage4_backward.operators import scores_op
 
     q, k, *_ = forward_arguments(device)
-    torch.library.opcheck(compute_attention_scores, (q, k, True, None, 6, None, None))
+    torch.library.opcheck(scores_op, (q, k, True, None, 6, None, None))
 
 
 def test_opcheck_of_the_backward_pass(device):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    from stage4_backward.ops import backward_op
+    from stage4_backward.operators import backward_op
 
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in forward_arguments(device, sinks=True)]
-    output, lse = attention(*arguments[:3], True, return_lse=True, window=(6, None), sinks=arguments[-2])
+    output, lse = attention(*arguments[:3], True, return_lse=True, window=(6, None), sinks=arguments[-3])
     row, col = torch.randn_like(lse), torch.randn(1, 1, 13, device=device)
     scores = torch.randn(1, 2, 9, 13, device=device)
     everything = (torch.randn_like(output), torch.randn_like(lse), scores, row, col, torch.randn_like(col))

@@ -296,7 +296,7 @@ def test_kernels_never_make_the_matrix(device):
         assert largest.bytes <= 4 * q.numel(), f"{field}: {largest.bytes} bytes were allocated"
 
 
-OWN_ARGUMENTS = {  # of every operator of stage 3, behind those of attention
+OWN_ARGUMENTS = {  # of every operator, behind those of attention
     "attention_with_scores": (),
     "attention_with_row_sum": ("linear",),
     "attention_with_col_sum": ("linear", 3, 4),
@@ -308,19 +308,19 @@ OWN_ARGUMENTS = {  # of every operator of stage 3, behind those of attention
 @pytest.mark.parametrize("name", OWN_ARGUMENTS)
 def test_opcheck(device, name):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    from stage3_scores_and_sums import ops
+    from stage4_backward import operators
 
     q, k, v = make_qkv(Case(1, 2, 1, 5, 9, 16, True), device=device)
-    arguments = (q, k, v, True, 0.25, 0.0, 0, 3, None, None, None, None)
-    torch.library.opcheck(getattr(ops, name).op, (*arguments, *OWN_ARGUMENTS[name]))
+    arguments = (q, k, v, True, 0.25, 0.0, 0, 3, None, None, None, None, None)
+    torch.library.opcheck(getattr(operators, name).op, (*arguments, *OWN_ARGUMENTS[name]))
 
 
 def test_opcheck_of_the_scores_alone(device):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    from stage3_scores_and_sums import ops
+    from stage4_backward import operators
 
     q, k, _ = make_qkv(Case(1, 2, 1, 5, 9, 16, True), device=device)
-    torch.library.opcheck(ops.compute_attention_scores, (q, k, True, 0.25, 3, None, None))
+    torch.library.opcheck(operators.scores_op, (q, k, True, 0.25, 3, None, None))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, Case, assert_right, make_qkv, references
+from helpers import CASES, Case, assert_right, flat, make_qkv, references
 
 CACHE = Case(2, 4, 2, 33, 50, 16, True)
 HOOKS = {"scores": "StoreScores", "row_sum": "AddRowSum", "col_sum": "AddColSum"}
@@ -15,7 +15,7 @@ def hooks(graded):
 
 @pytest.fixture
 def tiled_forward(graded):
-    return graded("stage1_pytorch_tiled", "tiled_forward")
+    return flat(graded("stage1_pytorch_tiled", "tiled_forward"))
 
 
 def hooked(hooks, tiled_forward, name, q, k, v, causal, **kwargs):

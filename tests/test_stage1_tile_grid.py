@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Case, make_qkv
+from helpers import Case, flat, make_qkv
 
 from stage1_pytorch_tiled.dense import naive_attention, visible_keys
 
@@ -13,7 +13,7 @@ WINDOWS = [None, 0, 5, 20, (3, None), (None, 2), (17, 4), (40, 40)]
 
 @pytest.fixture
 def tiled_forward(graded):
-    return graded("stage1_pytorch_tiled", "tiled_forward")
+    return flat(graded("stage1_pytorch_tiled", "tiled_forward"))
 
 
 @pytest.mark.parametrize("causal", [False, True])

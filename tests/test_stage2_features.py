@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import HALF, Case, assert_right, make_qkv, references
+from helpers import HALF, Case, assert_right, flat, make_qkv, references
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,7 @@ splits = pytest.mark.parametrize("n_splits", [1, 3])
 @pytest.fixture
 def attention_forward(graded):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    return graded("stage2_triton_forward", "split_kv").attention_forward
+    return flat(graded("stage2_triton_forward", "split_kv").attention_forward)
 
 
 def options_of(feature, case, device, dtype=torch.float32):

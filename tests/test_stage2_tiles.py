@@ -11,7 +11,8 @@ tl = triton.language
 
 from stage2_triton_forward.forward_kernel import Logits, Loop, Tiles  # noqa: E402
 from stage2_triton_forward.hook import PLAIN, Place  # noqa: E402
-from stage2_triton_forward.launch import descriptor, key_mask  # noqa: E402
+from stage2_triton_forward.launcher import as_triton_takes_it  # noqa: E402
+from stage2_triton_forward.describe import describe_mask, descriptor  # noqa: E402
 from stage2_triton_forward.tiles import Dropout, SoftmaxState  # noqa: E402
 
 BLOCK = 16
@@ -32,6 +33,12 @@ each_size = pytest.mark.parametrize(("n_q", "n_k"), SIZES)
 @pytest.fixture
 def tiles(graded):
     return graded("stage2_triton_forward", "tiles")
+
+
+def key_mask(n_q, n_k, causal, window, real=None):
+    """Return the Mask that launches give to kernels."""
+    mask = describe_mask(n_q, n_k, causal, window, real is not None)
+    return mask._replace(padding_ptr=None if real is None else real.to(torch.uint8))
 
 
 def visible_matrix(n_q, n_k, causal, window):
@@ -59,7 +66,7 @@ def test_visible_tile(tiles, device, n_q, n_k, causal, window, padded):
     real = torch.rand(2, n_k, device=device) > 0.3 if padded else None
     m_blocks, n_blocks = triton.cdiv(n_q, BLOCK), triton.cdiv(n_k, BLOCK)
     found = torch.full((2, m_blocks * BLOCK, n_blocks * BLOCK), -1, dtype=torch.int8, device=device)
-    mask = key_mask(n_q, n_k, causal, window, real, placeholder=found)
+    mask = key_mask(n_q, n_k, causal, window, real)
     tile_kernel[(2, m_blocks, n_blocks)](found, mask, BLOCK=BLOCK, VISIBLE_TILE=tiles.visible_tile)
     found = found[:, :n_q].cpu()  # rows past the last query are nobody's business
     expected = visible_matrix(n_q, n_k, causal, window).expand(2, n_q, n_k)
@@ -83,7 +90,7 @@ def keys_kernel(out_ptr, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VIS
 def test_visible_keys(tiles, device, n_q, n_k, causal, window, block_m):
     m_blocks = triton.cdiv(n_q, block_m)
     found = torch.full((m_blocks, 4), -1, dtype=torch.int32, device=device)
-    mask = key_mask(n_q, n_k, causal, window, None, placeholder=found)
+    mask = key_mask(n_q, n_k, causal, window)
     keys_kernel[(m_blocks,)](found, mask, BLOCK_M=block_m, BLOCK_N=BLOCK, VISIBLE_KEYS=tiles.visible_keys)
     for rows, ends in zip(visible_matrix(n_q, n_k, causal, window).split(block_m), found.tolist(), strict=True):
         begin, whole_begin, whole_stop, stop = ends
@@ -163,12 +170,12 @@ def test_attend_keys(graded, device, begin, stop, masked, dtype):
     row_max, row_sum = torch.empty(2, 2, 4, 16, device=device)
     acc = torch.empty(2, 4, 16, 32, device=device)
     loop_kernel[(8,)](
-        *(descriptor(x, 16) for x in (q, k, v)),
+        *(as_triton_takes_it(descriptor(x, 16)) for x in (q, k, v)),
         row_max,
         row_sum,
         acc,
         Loop(
-            key_mask(16, 57, masked, None, None, placeholder=acc),
+            key_mask(16, 57, masked, None),
             Logits(0.2, 1.0, *map(tl.constexpr, (False, "ieee"))),
             Dropout(0, 0, 1.0, tl.constexpr(False)),
             Tiles(*map(tl.constexpr, (2, 16, 16, 32, 32))),

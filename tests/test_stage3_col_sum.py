@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, assert_right, make_qkv, references
+from helpers import CASES, HALF, Case, assert_right, flat, make_qkv, references
 from test_stage2_features import FEATURES, options_of
 
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
@@ -20,7 +20,7 @@ each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 @pytest.fixture
 def launch(graded):
-    return graded("stage3_scores_and_sums", "launch")
+    return flat(graded("stage3_scores_and_sums", "launch"))
 
 
 def check(launch, algorithm, q, k, v, *args, **options):

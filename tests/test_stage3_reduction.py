@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, assert_right, make_qkv, references
+from helpers import CASES, HALF, Case, assert_right, flat, make_qkv, references
 from test_stage2_features import FEATURES, options_of
 
 from course.grader import compare
@@ -45,12 +45,12 @@ def hooks(graded):
 
 @pytest.fixture
 def fold_rows(graded):
-    return graded("stage3_scores_and_sums", "launch").fold_rows
+    return flat(graded("stage3_scores_and_sums", "launch").fold_rows)
 
 
 @pytest.fixture
 def fold_columns(graded):
-    return graded("stage3_scores_and_sums", "column_sums").fold_columns
+    return flat(graded("stage3_scores_and_sums", "column_sums").fold_columns)
 
 
 def second_pass(options):

@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, assert_right, make_qkv, references
+from helpers import CASES, HALF, Case, assert_right, flat, make_qkv, references
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_stage2_features import FEATURES, options_of
-from test_stage2_tiles import WINDOWS, visible_matrix
+from test_stage2_tiles import WINDOWS, key_mask, visible_matrix
 
 from course.largest_tensor import LargestTensor
 
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
-
-from stage2_triton_forward.launch import key_mask  # noqa: E402
 
 SELF = Case(2, 2, 1, 40, 40, 16, True)
 HEADS = Case(2, 2, 2, 33, 33, 16, True)
@@ -26,12 +24,12 @@ each_case = pytest.mark.parametrize("case", [SELF, CACHE, EMPTY_ROWS], ids=["sel
 
 @pytest.fixture
 def launch(graded):
-    return graded("stage3_scores_and_sums", "launch")
+    return flat(graded("stage3_scores_and_sums", "launch"))
 
 
 @pytest.fixture
 def softmax_col_sum(graded):
-    return graded("stage3_scores_and_sums", "column_sums").softmax_col_sum
+    return flat(graded("stage3_scores_and_sums", "column_sums").softmax_col_sum)
 
 
 def of_region(result, q_begin, q_stop, k_stop):
@@ -255,7 +253,7 @@ def queries_kernel(out_ptr, mask, region, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 @pytest.mark.parametrize("block_m", [16, 32])
 def test_visible_queries(graded, device, n_q, n_k, causal, window, block_m):
     module = graded("stage3_scores_and_sums", "column_sum_kernel")
-    mask = key_mask(n_q, n_k, causal, window, None, placeholder=torch.empty(1, device=device))
+    mask = key_mask(n_q, n_k, causal, window)
     visible = visible_matrix(n_q, n_k, causal, window)
     for q_begin, q_stop in [(0, n_q), (0, n_q // 2), (n_q // 3, n_q), (7, 9)]:
         found = torch.full((triton.cdiv(n_k, BLOCK), 4), -1, dtype=torch.int32, device=device)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, assert_right, make_qkv, references
+from helpers import CASES, HALF, Case, assert_right, flat, make_qkv, references
 from test_stage2_features import FEATURES, options_of
 
 STATS = ("entropy", "max_weight", "mean_distance")
@@ -15,7 +15,7 @@ EMPTY_ROWS = Case(1, 3, 1, 90, 33, 24, True)
 @pytest.fixture
 def launch(graded):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    return graded("stage3_scores_and_sums", "launch")
+    return flat(graded("stage3_scores_and_sums", "launch"))
 
 
 def spread(oracle):

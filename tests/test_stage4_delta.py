@@ -6,6 +6,7 @@ from gradient_helpers import LOSSES, OUTPUT, Loss, Skipped, kept_weights, make_p
 from helpers import CASES, HALF, Case, make_qkv
 
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 from stage4_backward.gradients import Gradients
 
 SELF = Case(2, 2, 1, 70, 70, 32, True)
@@ -22,7 +23,7 @@ def backward(graded, monkeypatch):
     monkeypatch.setattr(launch, "grad_kv_kernel", kernel)
 
     def run(problem):
-        return launch.backward(*problem.inputs, Gradients(**problem.grads), **problem.options)
+        return launch.backward(*problem.inputs, Gradients(**problem.grads), Setting(**problem.options))
 
     run.delta = lambda: kernel.arguments[7]
     return run

@@ -7,6 +7,7 @@ from helpers import CASES, HALF, Case, make_qkv
 from test_stage2_features import FEATURES, options_of
 
 from course.largest_tensor import LargestTensor
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.split_kv import attention_forward
 
 
@@ -125,16 +126,16 @@ def test_finite_differences(kernel, device):
     """Of the kernels' own forward pass, without any formula: (L(x + εd) - L(x - εd)) / 2ε = ⟨dx, d⟩."""
     case = Case(1, 2, 1, 20, 36, 16, True)
     inputs = dict(zip("qkv", make_qkv(case, device=device), strict=True))
-    options = {"causal": True, "window": (25, None), "softcap": 4.0, "dropout_p": 0.2, "seed": 3}
-    results = attention_forward(**inputs, **options)
+    setting = Setting(causal=True, window=(25, None), softcap=4.0, dropout_p=0.2, seed=3)
+    results = attention_forward(**inputs, setting=setting)
     grads = {"output": torch.randn_like(results[0]), "lse": torch.randn_like(results[1])}
 
     def loss(**changed):
-        results = attention_forward(**(inputs | changed), **options)
+        results = attention_forward(**(inputs | changed), setting=setting)
         return sum((x.double() * g).sum() for x, g in zip(results, grads.values(), strict=True))
 
     problem = make_problem(case, device=device)
-    problem = problem._replace(inputs=(*inputs.values(), *results), grads=grads, options=options)
+    problem = problem._replace(inputs=(*inputs.values(), *results), grads=grads, options=setting._asdict())
     for name, grad in kernel(problem).items():
         for _ in range(2):
             step = torch.randn_like(inputs[name]) * 1e-2

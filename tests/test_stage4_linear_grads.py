@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, make_qkv
+from helpers import CASES, HALF, Case, flat, make_qkv
 from test_stage3_linear_sums import MASKS, NARROW, SHAPES
 
 from course.grader import compare
@@ -20,7 +20,7 @@ each_shape = pytest.mark.parametrize("case", [SHAPES[name] for name in FAR], ids
 @pytest.fixture
 def linear_grads(graded):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
-    return graded("stage4_backward", "linear_grads")
+    return flat(graded("stage4_backward", "linear_grads"))
 
 
 def dense_gradients(q, k, grad, of_rows, region, options):

@@ -10,6 +10,7 @@ from helpers import CASES, HALF, Case, make_qkv
 from test_stage2_features import FEATURES, options_of
 
 from course.largest_tensor import LargestTensor
+from stage1_pytorch_tiled.setting import Setting
 from stage4_backward.gradients import Gradients
 
 RAW_SUMS = {
@@ -28,7 +29,9 @@ def recompute(graded):
     module = graded("stage4_backward", "recompute_pytorch")
 
     def run(problem, **tiles):
-        return module.recompute_backward(*problem.inputs, Gradients(**problem.grads), **problem.options, **tiles)
+        return module.recompute_backward(
+            *problem.inputs, Gradients(**problem.grads), Setting(**problem.options), **tiles
+        )
 
     return run
 

@@ -41,7 +41,7 @@ def recompute_backward(
 
     Source: FlashAttention-2 (Dao 2023), eq. 13-19 and Algorithm 2.
     """
-    grid = TileGrid(q, k, setting, block_m, block_n)
+    grid = TileGrid(q, k, setting, block_m=block_m, block_n=block_n)
     wide, heads = grid.wide, grid.q.shape[1:3]  # (Hk, G)
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
     grad_output = grad_output.to(wide).unflatten(1, heads)  # [B, Hk, G, M, Dv]

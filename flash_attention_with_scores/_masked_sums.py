@@ -1,5 +1,7 @@
 """Attention and the attention that keys get, under key masks of their own for each KV head, pad queries left out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from stage1_pytorch_tiled.tiled_forward import Window, tiled_softmax_col_sum
 
 from .problem import Problem, checked_problem, kernels
 
-_TILES = {"block_m": 128, "block_n": 512}
+_TILES: dict[str, Any] = {"block_m": 128, "block_n": 512}
 
 
 def masked_attention(

@@ -19,6 +19,8 @@ from .sums import (
 )
 from .workspace import release_buffers
 
+__version__ = "0.1.0"  # the only place where it stands
+
 _LAZY = {  # what needs packages beside torch, and where it is; not in __all__, so that `import *` works without them
     "EvictingCache": "eviction",
     "get_all_cumulative_scores": "huggingface",

@@ -1,6 +1,7 @@
 """Attention whose keys remember how much attention they have had: softmax column sums, added up from call to call."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -105,11 +106,12 @@ class FlashAttentionWithAccumulation(nn.Module):
         """
         if not self.accumulate_scores and self.original_attention is not None:
             return self.original_attention(q, k, v, causal, scale, **options)
-        inputs = [x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 3 else x for x in (q, k, v)]
+        flat = isinstance(q, Tensor) and q.ndim == 3
+        q, k, v = (x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 3 else x for x in (q, k, v))
         if self.accumulate_scores:
             try:
                 output, scores = flash_attention_with_cumulative_scores(
-                    *inputs, self._scores, scale, causal=causal, **options
+                    q, k, v, self._scores, scale, causal=causal, **options
                 )
             except ValueError as error:
                 if "cumulative_scores" not in str(error):
@@ -117,8 +119,8 @@ class FlashAttentionWithAccumulation(nn.Module):
                 raise ValueError(f"{error}; call reset_scores() before a new sequence") from None
             self._scores = scores.detach()
         else:
-            output = attention(*inputs, causal, scale, **options)
-        return output.squeeze(1) if q.ndim == 3 else output
+            output: Any = attention(q, k, v, causal, scale, **options)
+        return output.squeeze(1) if flat else output
 
     def reset_scores(self) -> None:
         """Forget the scores: the next call starts a new sequence."""

@@ -27,6 +27,8 @@ def why_not_interpreted() -> str | None:
     """Return why Triton's interpreter cannot run here, or None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton has no wheels for this platform"
+    if importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs numpy (below 2.4), which is not installed"
     numpy = importlib.metadata.version("numpy")
     if TorchVersion(numpy) >= "2.4":
         return f"Triton's interpreter needs numpy below 2.4, and this is {numpy}"

@@ -5,6 +5,7 @@ It touches Triton's private names, so it knows for which versions it works, and 
 
 from collections.abc import Callable
 from functools import cache, cached_property, wraps
+from typing import Any
 
 import triton
 
@@ -76,7 +77,7 @@ def remembered(numpy_dtype: Callable) -> Callable:
     return lookup
 
 
-def type_on_demand(language_tuple: type) -> None:
+def type_on_demand(language_tuple: Any) -> None:
     """Let a tuple of Triton's language, such as every shape, find out its type when somebody asks for it."""
     init = language_tuple.__init__
 
@@ -97,7 +98,7 @@ def type_on_demand(language_tuple: type) -> None:
     language_tuple.type.__set_name__(language_tuple, "type")
 
 
-def described_once(block_type: type) -> None:
+def described_once(block_type: Any) -> None:
     """Let the type of a tile, made anew by every operation, take shape, size and name from an earlier one like it."""
     init = block_type.__init__
     described: dict[tuple, dict] = {}

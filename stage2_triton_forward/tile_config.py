@@ -7,11 +7,12 @@ are for GPUs that nobody has searched on: small enough for the shared memory of 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 _L2_SHARE = 16 * 2**20  # bytes of keys and values that stay in L2 while the heads that read them take turns
 _SHORT = 16  # queries: up to here a call is decoding, bound by reading keys and values
@@ -42,7 +43,7 @@ def choose(**configs: tuple) -> Iterator[None]:
         _chosen.update(before)
 
 
-def chosen(loop: str) -> tuple | None:
+def chosen(loop: str) -> Any:
     """Return the config that `choose` holds for a loop, or None: then the tables decide."""
     return _chosen.get(loop)
 
@@ -161,9 +162,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 def architecture() -> int | None:
     """Return the compute capability that kernels are compiled for, such as 90; None in the interpreter."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return None
-    driver = triton.runtime.driver.active
+    driver: Any = triton.runtime.driver.active
     return _architecture_of(driver, driver.get_current_device())
 
 

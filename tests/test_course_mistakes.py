@@ -1,5 +1,7 @@
 """The mutant gate: every known mistake must be caught by its named test, by assertion and not by a crash."""
 
+import importlib.util
+
 import pytest
 
 from course.mistakes import MISTAKES
@@ -34,3 +36,10 @@ def test_a_numpy_that_is_too_new_for_the_interpreter_is_named(numpy, runs, monke
     if not runs:
         with pytest.raises(pytest.skip.Exception, match="needs numpy below"):
             test_every_mistake_is_caught("stage2_triton_forward")
+
+
+def test_a_numpy_that_is_missing_is_named(monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "numpy" else find_spec(name))
+    assert "numpy (below 2.4), which is not installed" in why_not_interpreted()

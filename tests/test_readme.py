@@ -30,6 +30,7 @@ def test_figures_are_those_of_the_training_report():
     [
         "README.md",
         "CONTRIBUTING.md",
+        "CHANGELOG.md",
         "stage1_pytorch_tiled/README.md",
         "stage2_triton_forward/README.md",
         "stage3_scores_and_sums/README.md",
@@ -37,7 +38,7 @@ def test_figures_are_those_of_the_training_report():
         "flash_attention_with_scores/eviction/README.md",
         "course/text/README.md",
     ],
-    ids=["front", "contributing", "lesson 1", "lesson 2", "lesson 3", "lesson 4", "lesson 5", "texts"],
+    ids=["front", "contributing", "changes", "lesson 1", "lesson 2", "lesson 3", "lesson 4", "lesson 5", "texts"],
 )
 def test_links_lead_somewhere(file):
     page = ROOT / file

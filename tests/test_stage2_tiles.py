@@ -9,10 +9,10 @@ from helpers import Case, make_qkv
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
+from stage2_triton_forward.describe import describe_mask, descriptor  # noqa: E402
 from stage2_triton_forward.forward_kernel import Logits, Loop, Tiles  # noqa: E402
 from stage2_triton_forward.hook import PLAIN, Place  # noqa: E402
 from stage2_triton_forward.launcher import as_triton_takes_it  # noqa: E402
-from stage2_triton_forward.describe import describe_mask, descriptor  # noqa: E402
 from stage2_triton_forward.tiles import Dropout, SoftmaxState  # noqa: E402
 
 BLOCK = 16

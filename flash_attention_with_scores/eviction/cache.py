@@ -103,6 +103,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
 
     def visible_keys(self, new: Tensor | None) -> Tensor | None:
         """Say which keys are no padding, given which of the new tokens are not; see `huggingface/score_keeping.py`."""
+        assert self.positions is not None  # `update` comes first
         if new is not None:
             older, newest = self.positions.split([self.positions.shape[-1] - new.shape[1], new.shape[1]], dim=-1)
             self.positions = torch.cat([older, newest.masked_fill(~new[:, None], PADDING)], dim=-1)
@@ -118,6 +119,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         return max(n_q - (self.policy.window or n_q), 0), n_q
 
     def add_scores(self, sums: Tensor, offset: int) -> None:
+        assert self.positions is not None  # `update` comes first
         sums = sums.unflatten(1, (self.positions.shape[1], -1)).sum(2)
         if self.policy.window is not None:
             left = max(1 - self._unattended / self.policy.window, 0)
@@ -135,6 +137,9 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         budget = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * self.get_seq_length())
         if n_kept < budget + self.every:
             return
+        assert self.positions is not None  # n_kept > 0, and so for keys and values
+        assert self.keys is not None
+        assert self.values is not None
         kept = self.policy.keep(self.score_store.scores, self.positions, budget)
         if kept.shape[-1] == n_kept:
             return
@@ -171,7 +176,7 @@ class EvictingLayer(ScoreKeeping, DynamicLayer):
         """Refuse: what was evicted to make room for the tokens that would go is lost."""
         raise NotImplementedError("a cache that evicts cannot be cropped, so it cannot be used for assisted decoding")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._change_positions(lambda positions: positions.index_select(0, beam_idx.to(positions.device)))
 

@@ -135,6 +135,7 @@ class H2O:
 
     def keep(self, scores: Tensor | None, positions: Tensor, budget: int) -> Tensor:
         """See `Policy.keep`."""
+        assert scores is not None  # `uses_scores`
         n_recent = part(self.recent, budget)
         recent = most_recent(positions, n_recent)
         return union(recent, largest(scores, positions, budget - n_recent, recent))
@@ -167,6 +168,7 @@ class CAB:
 
     def keep(self, scores: Tensor | None, positions: Tensor, budget: int) -> Tensor:
         """See `Policy.keep`."""
+        assert scores is not None  # `uses_scores`
         n_local = part(self.local, budget)
         n_bridge = min(part(self.bridge, budget), budget - n_local)
         local = most_recent(positions, n_local)
@@ -206,6 +208,7 @@ class SnapKV:
 
     def keep(self, scores: Tensor | None, positions: Tensor, budget: int) -> Tensor:
         """See `Policy.keep`."""
+        assert scores is not None  # `uses_scores`
         n_recent = max(min(self.window, budget - 1), 1)
         recent = most_recent(positions, n_recent)
         older = scores.scatter(-1, recent, 0.0)  # else the window's keys would lend their scores to their neighbours

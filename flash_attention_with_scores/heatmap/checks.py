@@ -19,7 +19,7 @@ def as_numbers(given, name):
     return torch.as_tensor(given).detach().cpu().to(torch.float64).numpy()
 
 
-def as_matrix(given, name):
+def as_matrix(given, name) -> np.ndarray:
     """Return one head's scores or weights as `[M, N]`."""
     values = as_numbers(given, name)
     if values.size == 0 or values.ndim not in (2, 4) or values.shape[:-2] not in ((), (1, 1)):
@@ -63,7 +63,7 @@ def as_names(given, count, name, what):
     return ["".join(char if char.isprintable() else repr(char)[1:-1] for char in item) for item in names]
 
 
-def as_pairs(given, name):
+def as_pairs(given, name) -> list[tuple[int, int]]:
     """Return a list of pairs of ints."""
     try:
         return [(operator.index(first), operator.index(second)) for first, second in given]

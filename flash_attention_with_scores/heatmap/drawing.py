@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.transforms import Bbox, BboxTransformFrom
 
 INK, QUIET, MASKED, BROKEN = "#222222", "#8a8a8a", "#dcdcdc", "#a8a8a8"
 POSITIVE, NEGATIVE, RECEIVED = "#b2182b", "#2166ac", "#31688e"
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib has a type of its own for the keys
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.labelcolor": INK,
@@ -110,7 +111,8 @@ def color_scale(values, weights, name):
     limit = np.abs(values).max(initial=0.0) or 1.0
     usual = np.percentile(np.abs(values), 99) if values.size else limit
     if limit > 1.5 * usual > 0:
-        limit, cmap.colorbar_extend = usual, "both"
+        limit = usual
+        cmap.colorbar_extend = "both"  # pyright: ignore[reportAttributeAccessIssue]  (matplotlib calls it a bool)
     return {"cmap": cmap, "norm": Normalize(-limit, limit)}
 
 

@@ -132,7 +132,7 @@ def plot_heads(weights_or_scores, tokens=None, causal=True, *, weights=True, tit
     if titles is None:
         pattern = "layer {} head {}" if several_layers else "head {1}"
         titles = [pattern.format(*divmod(index, n_heads)) for index in range(len(values))]
-    titles = checks.as_names(titles, len(values), "titles", "head")
+    titles = checks.as_names(titles, len(values), "titles", "head") or []
     names = checks.as_names(tokens, n_q, "tokens", "query")
     if columns is None:
         columns = n_heads if several_layers and n_heads <= 12 else min(8, math.ceil(math.sqrt(1.4 * len(values))))
@@ -159,7 +159,8 @@ def plot_heads(weights_or_scores, tokens=None, causal=True, *, weights=True, tit
             drawing.label_cells(ax.yaxis, names, n_q, height / n_q)
         if named and n_q == n_k and index + columns >= len(values):
             drawing.label_cells(ax.xaxis, names, n_k, width / n_k)
-    top_left, bottom_left = fig.axes[0], ax if column == 0 else fig.axes[index - column]
+    last = len(values) - 1
+    top_left, bottom_left = fig.axes[0], fig.axes[last - last % columns]
     top_left.set_ylabel("query", y=1 - grid_h / 2 / height)
     bottom_left.set_xlabel("key", x=grid_w / 2 / width)
     bar = drawing.add_axes(fig, "colour bar", grid_w + 0.22, 0, BAR, min(max(grid_h, 1.3), 4))

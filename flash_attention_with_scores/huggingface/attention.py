@@ -1,5 +1,7 @@
 """The attention function that transformers' models call, and what a model's attention modules remember for it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -66,10 +68,10 @@ class Watch:
             self.store.add(sums)
         else:
             layer.add_scores(sums, offset)
+            layer.score_store.path = self.path
             self.store = layer.score_store
-            self.store.path = self.path
 
-    def layer(self, module):
+    def layer(self, module) -> Any:
         """Return the cache layer of this forward pass, one that keeps scores, or None."""
         cache = self.cache
         if isinstance(cache, EncoderDecoderCache):
@@ -108,12 +110,12 @@ def attention_with_kept_scores(
     n_k, offset = (width, 0) if layer is None or watch.is_cross else layer.span(width)
     key, value = key[:, :, :n_k], value[:, :, :n_k]
     evicts = hasattr(layer, "visible_keys")
-    if evicts:
+    if evicts and layer is not None:
         sight = Sight(True, None, layer.visible_keys(new_tokens(attention_mask, n_q)))
     else:
         if attention_mask is not None or is_causal is None:  # with a mask GPT-2 of 4.57 says False and means nothing
             is_causal = getattr(module, "is_causal", True)
-        sight = read_mask(attention_mask, n_q, n_k, width, is_causal and not watch.is_cross, sliding_window)
+        sight = read_mask(attention_mask, n_q, n_k, width, bool(is_causal) and not watch.is_cross, sliding_window)
     scale = _gpt2_scale(module, query) if scaling is None else scaling
     setting = Setting(sight.causal, scale, dropout, 0, sight.window, softcap, s_aux, sight.key_mask)
 
@@ -133,16 +135,16 @@ def attention_with_kept_scores(
         queries=queries,
         per_query_head=returns_sums,
     )
-    if wanted is not None:
+    if wanted is not None and sums is not None:
         per_kv_head = sums.unflatten(1, (key.shape[1], -1)).sum(2) if returns_sums else sums
         watch.keep(layer, per_kv_head, offset)
     weights = None
-    if returns_sums:
+    if returns_sums and sums is not None:
         weights = sums.unsqueeze(2)
     elif watch.requests.weights:
         weights = attention_weights(query, key, value, setting)
         weights = torch.nn.functional.pad(weights, (0, width - n_k))
-    if hasattr(layer, "after_attention"):
+    if layer is not None and hasattr(layer, "after_attention"):
         layer.after_attention(query, n_q)
     return output.transpose(1, 2).contiguous(), weights
 

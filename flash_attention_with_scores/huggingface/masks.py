@@ -1,6 +1,6 @@
 """Masks between transformers and the kernels, which know causal order, a window and key masks, but no M×N masks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Sight(NamedTuple):
 
 def make_mask(
     batch_size, kv_length, mask_function=causal_mask_function, attention_mask=None, *,
-    q_length=None, q_offset=0, kv_offset=0, cache_position=None, allow_is_causal_skip=True, **kwargs,
+    q_length: Any = None, q_offset=0, kv_offset=0, cache_position=None, allow_is_causal_skip=True, **kwargs,
 ) -> Tensor | None:  # fmt: skip
     """Describe what is visible to one kind of layer; transformers calls this once for each kind and forward pass.
 

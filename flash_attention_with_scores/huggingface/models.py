@@ -1,7 +1,7 @@
 """Switches a model's attention over and back, and reads the scores that its modules and caches keep."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -160,7 +160,7 @@ def _asks_the_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def _check_supported(model: PreTrainedModel, modules: dict[str, nn.Module], keeps) -> None:
+def _check_supported(model: PreTrainedModel, modules: Mapping[str, nn.Module], keeps) -> None:
     kind = type(model).__name__
     paths = [f"{name}." for name in modules]
     own = [
@@ -184,7 +184,7 @@ def _check_supported(model: PreTrainedModel, modules: dict[str, nn.Module], keep
         raise ValueError(f"{kind} has modules that share another's keys, leave them out by module_filter: {shared}")
 
 
-def _implementations(model: PreTrainedModel) -> dict[str, str]:
+def _implementations(model: PreTrainedModel) -> dict[str, str | None]:
     """Return the attention implementation of the model ("") and of its sub-configurations, as transformers takes it."""
     configs = {"": model.config} | {key: getattr(model.config, key, None) for key in model.config.sub_configs}
     return {key: config._attn_implementation for key, config in configs.items() if config is not None}

@@ -17,8 +17,15 @@ What the attention function asks of the cache layer of a self-attention, in this
 `score_store` is what `get_all_cumulative_scores` holds and reads, so that scores outlive the cache but its keys do not.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers.cache_utils import DynamicLayer as _CacheLayer
+else:
+    _CacheLayer = object
 
 
 class ScoreStore:
@@ -53,7 +60,7 @@ class ScoreStore:
         self.scores = None
 
 
-class ScoreKeeping:
+class ScoreKeeping(_CacheLayer):
     """Mixin for transformers' cache layers; column j of the scores is token j of the sequence.
 
     A sliding layer drops keys but keeps their scores. `crop` drops the scores of the tokens that go; what these had
@@ -95,7 +102,7 @@ class ScoreKeeping:
         self.score_store.clear()
         self.score_store.seen = int(self.get_seq_length())
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self.score_store.change(lambda scores: scores.index_select(0, beam_idx.to(scores.device)))
 
@@ -138,6 +145,6 @@ def _subclass(stock: type) -> type:
 
 def _rebuild(stock: type, made: bool, state: dict):
     cls = _subclass(stock) if made else stock
-    layer = cls.__new__(cls)
+    layer = object.__new__(cls)
     layer.__dict__ = state
     return layer

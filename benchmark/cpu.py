@@ -8,6 +8,7 @@ from benchmark.cases import hidden_keys, naive
 from benchmark.measure import median_ms
 from benchmark.oracle import output_is_right
 from benchmark.peak import bytes_beyond
+from stage1_pytorch_tiled.setting import Setting
 from stage1_pytorch_tiled.tiled_forward import tiled_attention
 
 NOTE = (
@@ -26,7 +27,7 @@ def cpu_rows(
     calls = {"naive": lambda: naive(q, k, v, hidden)[:1]}
     for block in blocks:
         edges = {"block_m": block, "block_n": block}
-        calls[f"tiled PyTorch, {block}×{block}"] = lambda e=edges: tiled_attention(q, k, v, True, **e)
+        calls[f"tiled PyTorch, {block}×{block}"] = lambda e=edges: tiled_attention(q, k, v, Setting(causal=True), **e)
     for name, call in calls.items():
         row = {"method": name, "M": n_q, "N": n_k, "right": output_is_right(call()[0], q, k, v, True, min(64, n_q))}
         if row["right"]:

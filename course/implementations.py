@@ -8,8 +8,10 @@ from torch import Tensor
 
 from stage1_pytorch_tiled.dense import naive_attention
 from stage1_pytorch_tiled.hooks import AddColSum, AddRowSum
+from stage1_pytorch_tiled.setting import Setting
 from stage1_pytorch_tiled.tiled_forward import tiled_attention, tiled_softmax_col_sum
 
+CAUSAL = Setting(causal=True)
 Outputs = dict[str, Tensor]  # by the field's name in NaiveAttention
 
 
@@ -51,7 +53,7 @@ def _naive(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, block_m: int, block_n: int) -> Outputs:
-    output, lse = tiled_attention(q, k, v, causal=True, block_m=block_m, block_n=block_n)
+    output, lse = tiled_attention(q, k, v, CAUSAL, block_m=block_m, block_n=block_n)
     return {"output": output, "lse": lse}
 
 
@@ -62,8 +64,8 @@ def _tiled_sums(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         rows(tile)
         columns(tile)
 
-    _, lse = tiled_attention(q, k, v, causal=True, on_logits=on_logits)
-    softmax_col_sum = tiled_softmax_col_sum(q, k, lse, causal=True)
+    _, lse = tiled_attention(q, k, v, CAUSAL, on_logits=on_logits)
+    softmax_col_sum = tiled_softmax_col_sum(q, k, lse, CAUSAL)
     return {"row_sum": rows.row_sum, "col_sum": columns.col_sum, "softmax_col_sum": softmax_col_sum}
 
 
@@ -84,7 +86,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
 def _split_keys(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
     from stage2_triton_forward.split_kv import attention_forward
 
-    output, lse = attention_forward(q, k, v, causal=True, n_splits=3)
+    output, lse = attention_forward(q, k, v, CAUSAL, n_splits=3)
     return {"output": output, "lse": lse}
 
 

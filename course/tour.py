@@ -17,6 +17,7 @@ from course.largest_tensor import LargestTensor
 from course.model import CONTEXT, capture_qkv, encode, load_model, report, token_labels
 from flash_attention_with_scores.heatmap import plot_heads, plot_scores, plot_tile_order
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 from stage1_pytorch_tiled.tiled_forward import tiled_attention
 
 DEFAULT_TEXT = "The Queen met the Duchess, and the King met the Queen. Then the Queen met the Duchess again."
@@ -169,7 +170,7 @@ def draw(layers: list, layer: int, head: int, text: str, out: Path) -> dict[Path
     where = f"layer {layer}, head {head}"
     visits = []
     q, k, v = (x[:, :1] for x in layers[layer])
-    tiled_attention(q, k, v, True, on_logits=lambda tile: visits.append((tile.q_rows.start, tile.k_cols.start)))
+    tiled_attention(q, k, v, Setting(causal=True), on_logits=lambda tile: visits.append((tile.q_rows.start, tile.k_cols.start)))
     figures = {
         "scores.png": (
             plot_scores(chosen.scores[0, head], tokens, title=f"Scores (scaled QKᵀ), {where}"),

@@ -1,0 +1,116 @@
+"""What a call costs before the GPU begins: Python and launches, which short kernels and decoding feel most."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flash_attention_with_scores as library
+from benchmark.measure import failure, median_ms, spread
+
+SHAPE = {"batch": 1, "n_heads": 8, "n_kv_heads": 2, "n": 256, "head_dim": 64}  # shorter on the GPU than in Python
+DECODING = {"batch": 1, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
+DECODE_LENGTHS = (8192, 32768)
+AS_CALLED = (1024, 2048)
+Call = Callable[[], object]
+
+
+def tensors(batch, n_heads, n_kv_heads, n, head_dim, *, n_q=None, dtype=torch.float16) -> list[Tensor]:
+    """Draw q, k and v."""
+    draw = partial(torch.randn, device="cuda", dtype=dtype)
+    q = draw(batch, n_heads, n if n_q is None else n_q, head_dim)
+    return [q, *(draw(batch, n_kv_heads, n, head_dim) for _ in range(2))]
+
+
+def operators(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> dict[str, Call]:
+    """Return a call of every operator."""
+    attend, split = (q, k, v), 3 * k.shape[2] // 4
+    cross = {"split": split, "causal": causal}
+    return {
+        "attention": lambda: library.attention(*attend, causal),
+        "scores": lambda: library.attention_with_scores(*attend, causal),
+        "scores alone": lambda: library.compute_attention_scores(q, k, causal),
+        "row sum": lambda: library.attention_with_row_sum(*attend, causal),
+        "column sum": lambda: library.attention_with_col_sum(*attend, causal),
+        "softmax column sum": lambda: library.attention_with_softmax_col_sum(*attend, causal),
+        "cross-token qk": lambda: library.attention_cross_token_qk_sum(*attend, **cross),
+        "cross-token softmax": lambda: library.attention_cross_token_softmax_sum(*attend, **cross),
+        "statistics": lambda: library.attention_with_stats(*attend, causal),
+    }
+
+
+def peers(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> dict[str, Call]:
+    """Return PyTorch's own attention, as it chooses and as FlashAttention-2."""
+
+    def flash():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return sdpa()
+
+    def sdpa():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    return {"SDPA": sdpa, "SDPA, FlashAttention-2": flash}
+
+
+def host_us(call: Call, calls: int = 100, rounds: int = 7) -> float:
+    """Return the time after which a call comes back, in microseconds: the shortest mean of several rounds."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return min(times) * 1e6
+
+
+def forward_and_backward(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Call:
+    """Return a training step's share of attention."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    grad = torch.randn_like(attend(*inputs))
+    return lambda: torch.autograd.grad(attend(*inputs), inputs, grad)
+
+
+def host_rows() -> Iterator[dict]:
+    """Time every operator on a shape that the GPU has done with before Python has."""
+    qkv = tensors(**SHAPE)
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def ours(q, k, v):
+        return library.attention(q, k, v, True)
+
+    calls = {("plain", name): call for name, call in (peers(*qkv) | operators(*qkv)).items()}
+    calls["forward and backward", "SDPA"] = forward_and_backward(sdpa, qkv)
+    calls["forward and backward", "attention"] = forward_and_backward(ours, qkv)
+    for name, attend in {"SDPA": sdpa, "attention": ours}.items():
+        calls["compiled", name] = partial(torch.compile(attend, fullgraph=True), *qkv)
+        compiled = torch.compile(attend, fullgraph=True)
+        calls["compiled, forward and backward", name] = forward_and_backward(compiled, qkv)
+    for n in DECODE_LENGTHS:
+        step = tensors(**DECODING, n=n, n_q=1)
+        mine = operators(*step)
+        calls[f"decoding, N = {n}", "SDPA"] = peers(*step, causal=False)["SDPA"]
+        for name in ("attention", "softmax column sum"):
+            calls[f"decoding, N = {n}", name] = mine[name]
+    for (way, name), call in calls.items():
+        try:
+            for _ in range(5):
+                call()
+            yield {"way": way, "name": name, "host_us": host_us(call), "called_us": 1e3 * median_ms(call, 10, 40)}
+        except Exception as error:
+            yield {"way": way, "name": name, "error": failure(error)}
+
+
+def called_rows() -> Iterator[dict]:
+    """Time every operator as called from Python, its launches not captured, at lengths where the host may be slower."""
+    for n in AS_CALLED:
+        qkv = tensors(1, 32, 8, n, 128)
+        for name, call in (peers(*qkv) | operators(*qkv)).items():
+            yield {"n": n, "name": name, **spread([median_ms(call, 10, 50) for _ in range(3)])}

@@ -1,0 +1,267 @@
+"""Repeated launches: the same bits as Triton's own, whatever changes from one to the next."""
+
+import random
+import threading
+
+import pytest
+import torch
+from helpers import flat
+
+triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+tl = triton.language
+
+from stage1_pytorch_tiled.setting import Setting  # noqa: E402
+from stage2_triton_forward import describe, launcher  # noqa: E402
+from stage2_triton_forward.hook import constant  # noqa: E402
+from stage2_triton_forward.launch import forward  # noqa: E402
+from stage2_triton_forward.split_kv import attention_forward  # noqa: E402
+from stage2_triton_forward.tile_config import Warps  # noqa: E402
+from stage3_scores_and_sums import launch as stage3  # noqa: E402
+from stage4_backward.gradients import Gradients  # noqa: E402
+from stage4_backward.launch import backward  # noqa: E402
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def nothing_known():
+    launcher.forget_launches()
+
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    """Count the launches that Triton dispatches itself."""
+    dispatched = []
+    dispatch = launcher._launch_by_triton
+
+    def count(kernel, *args):
+        dispatched.append(kernel.__name__)
+        return dispatch(kernel, *args)
+
+    monkeypatch.setattr(launcher, "_launch_by_triton", count)
+    return dispatched
+
+
+def slowly(call, monkeypatch):
+    """Return what a call gives when Triton dispatches every launch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "_REPEATS", False)
+        return call()
+
+
+def draw_call(rng):
+    """Draw a call of one of the operators, with strange layouts, sizes and options."""
+    dtype = rng.choice([torch.float16, torch.bfloat16, torch.float32])
+    group, n_kv_heads, batch = rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 2])
+    n_q, n_k = (rng.choice([1, 2, 15, 16, 17, 33, 64, 65, 128, 200]) for _ in range(2))
+    head_dim = rng.choice([1, 8, 16, 24, 64, 65, 128])
+
+    def tensor(heads, n):
+        x = torch.randn(batch, heads, n + 3, head_dim + 9, device="cuda").to(dtype)
+        begin = rng.choice([0, 0, 1, 8])
+        x = x[:, :, rng.choice([0, 0, 2]) :, begin : begin + head_dim][:, :, :n]
+        x = x if rng.random() < 0.5 else x.contiguous()
+        return x if rng.random() < 0.7 else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    q, k, v = tensor(n_kv_heads * group, n_q), tensor(n_kv_heads, n_k), tensor(n_kv_heads, n_k)
+    padding = torch.rand(batch, n_k + 1, device="cuda")[:, 1:] > 0.3
+    setting = Setting(
+        causal=rng.random() < 0.5,
+        sm_scale=rng.choice([None, 0.3, 1.0, -0.5]),
+        dropout_p=rng.choice([0.0, 0.0, 0.25]),
+        seed=rng.choice([0, 1, 16, 2**31, 2**40 + 3]),
+        window=rng.choice([None, None, 16, (7, None), (None, 1), (1, 0)]),
+        softcap=rng.choice([None, None, 1.0, 5.0]),
+        sinks=rng.choice([None, torch.randn(n_kv_heads * group, device="cuda")]),
+        key_padding_mask=rng.choice([None, None, padding]),
+    )
+    name = rng.choice(["attention", "scores", "row_sum", "kahan", "col_sum", "softmax", "stats", "backward"])
+    if name == "attention":
+        return lambda: attention_forward(q, k, v, setting, n_splits=None)
+    if name == "kahan":
+        return lambda: stage3.attention_with_row_sum(q, k, v, setting, algorithm="kahan")
+    if name == "softmax":
+        region = {"q_begin": rng.choice([0, 1, n_q // 2]), "k_stop": rng.choice([1, n_k])}
+        return lambda: stage3.attention_with_softmax_col_sum(q, k, v, setting, **region)
+    if name == "backward":
+        output, lse = attention_forward(q, k, v, setting)
+        grads = Gradients(torch.randn_like(output), torch.randn_like(lse))
+        return lambda: backward(q, k, v, output, lse, grads, setting)[:3]
+    function = getattr(stage3, f"attention_with_{name}")
+    return lambda: function(q, k, v, setting)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("seed", range(8))
+def test_random_calls_give_the_same_bits(monkeypatch, seed):
+    """Launches of one kind after the other, each beside Triton's own: none runs a kernel made for other arguments."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(250):
+        call = draw_call(rng)
+        expected = slowly(call, monkeypatch)
+        for _ in range(2):  # the first may compile, the second repeats
+            for actual, truth in zip(call(), expected, strict=True):
+                assert torch.equal(actual.nan_to_num(7.0), truth.nan_to_num(7.0))
+
+
+@triton.jit
+def fill_kernel(out_ptr, n, step, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+    idx = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + idx * step, (idx * TIMES).to(tl.float32), mask=idx < n)
+
+
+def fill(out, n, step=1, times=1):
+    launcher.launch(fill_kernel, (triton.cdiv(n, 64),), Warps(1), out, n, step, TIMES=times, BLOCK=64)
+    return out
+
+
+def test_numbers_that_triton_specialises_are_kinds_of_their_own():
+    kinds = [launcher._kind(x) for x in (1, 2, 16, 2**31, 2**31 + 1, 2**63, 0.5, None, True)]
+    assert len(set(kinds)) == len(kinds)
+    assert launcher._kind(3) == launcher._kind(5)
+    assert launcher._kind(32) == launcher._kind(48)
+
+
+def test_tensors_are_told_apart_by_dtype_and_alignment():
+    x = torch.zeros(64)
+    assert launcher._kind(x) == launcher._kind(x[4:]) != launcher._kind(x[1:])
+    assert launcher._kind(x) != launcher._kind(x.half())
+
+
+def test_tuples_are_told_apart_by_what_they_hold():
+    numbers = describe.describe_logits(0.5, None, "ieee")
+    assert launcher.known(numbers).kind == launcher.known(numbers._replace(scale=0.25)).kind
+    assert launcher.known(numbers).kind != launcher.known(numbers._replace(FP32_PRECISION=constant("tf32x3"))).kind
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 64, 100])
+def test_interpreted_or_compiled(device, n):
+    out = fill(torch.full((256,), -1.0, device=device), n, step=2, times=3)
+    expected = torch.full((256,), -1.0)
+    expected[: 2 * n : 2] = 3.0 * torch.arange(n)
+    assert torch.equal(out.cpu(), expected)
+
+
+@on_gpu
+def test_only_the_first_of_a_kind_is_dispatched_by_triton(by_triton):
+    out = torch.zeros(256, device="cuda")
+    for n in (100, 99, 37):
+        fill(out, n)
+    assert by_triton == ["fill_kernel"]
+    for n in (1, 16, 32, 1):
+        fill(out, n)
+    assert len(by_triton) == 3, "1 and multiples of 16 have kernels of their own"
+
+
+@on_gpu
+def test_numbers_beyond_32_bits():
+    """A step of 2³¹ and more is not launched as one that fits 32 bits was."""
+    out = torch.zeros(2**31 + 64, device="cuda")
+    for step in (3, 5, 2**31 + 3, 2**31 + 5):
+        fill(out, 2, step=step, times=7)
+        assert out[step].item() == 7
+        out[step] = 0
+
+
+@on_gpu
+def test_another_stream(by_triton):
+    out = torch.zeros(64, device="cuda")
+    fill(out, 60)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        fill(out, 60, times=2)  # other constants: dispatched by Triton
+        fill(out, 60, times=2)
+        done = side.record_event()
+    assert not done.query(), "the launch did not go to the stream that sleeps"
+    torch.cuda.synchronize()
+    assert out[59] == 118
+
+
+@on_gpu
+def test_graph_capture():
+    q, k, v = torch.randn(3, 1, 2, 64, 64, device="cuda").half().unbind()
+    forward(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, _ = forward(q, k, v)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(output, forward(q, k, v)[0])
+
+
+@on_gpu
+def test_a_profiler_sees_every_launch(by_triton):
+    from triton import knobs
+
+    seen = []
+    out = torch.zeros(64, device="cuda")
+    fill(out, 60)
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        fill(out, 60)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    fill(out, 60)
+    assert seen == ["fill_kernel"]
+    assert by_triton == ["fill_kernel"] * 2
+
+
+@on_gpu
+def test_threads():
+    q, k, v = torch.randn(3, 1, 2, 100, 64, device="cuda").half().unbind()
+    expected = forward(q, k, v)[0]
+    wrong = []
+
+    def work():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for n in range(40, 100):
+                output = forward(q[:, :, :n], k, v)[0]
+                stream.synchronize()
+                if not torch.equal(output, expected[:, :, :n]):
+                    wrong.append(n)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_tensors(by_triton):
+    for index in (0, 1, 0, 1):
+        device = f"cuda:{index}"
+        out = fill(torch.zeros(64, device=device), 60, times=2)
+        assert out[59].item() == 118
+    assert len(by_triton) == 2
+
+
+@on_gpu
+def test_a_kernel_that_a_test_or_a_learner_replaces(monkeypatch):
+    from stage2_triton_forward import launch as stage2
+
+    class StandIn:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: calls.append(grid)
+
+    calls = []
+    q = torch.randn(1, 1, 16, 16, device="cuda")
+    forward(q, q, q)
+    monkeypatch.setattr(stage2, "forward_kernel", StandIn())
+    forward(q, q, q)
+    assert len(calls) == 1
+
+
+def test_settings_one_by_one():
+    """The adapter of these tests says what a Setting says."""
+    q = torch.randn(1, 1, 5, 16)
+    expected = attention_forward(q, q, q, Setting(causal=True, sm_scale=0.5, window=(2, None)))
+    for actual, truth in zip(flat(attention_forward)(q, q, q, True, 0.5, window=(2, None)), expected, strict=True):
+        assert torch.equal(actual, truth)

@@ -50,10 +50,11 @@ def checked_problem(
     check_attention(q, k, v, setting, seed, allow_fp8)
     check_features(q, k, setting, descales)
     chosen = choose_backend(backend, q, k, v, setting.sinks)
-    if seed is None:
-        seed = int(torch.randint(2**62, ())) if setting.dropout_p > 0 else 0
-    window = tuple(setting.window) if isinstance(setting.window, list) else setting.window
-    return Problem(q, k, v, setting._replace(seed=seed, window=window), chosen)
+    if setting.dropout_p > 0:
+        setting = setting._replace(seed=int(torch.randint(2**62, ())) if seed is None else seed)
+    if type(setting.window) is list:
+        setting = setting._replace(window=tuple(setting.window))
+    return Problem(q, k, v, setting, chosen)
 
 
 def choose_backend(backend: str | None, q: Tensor, *others: Tensor | None) -> Backend:

@@ -5,7 +5,6 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.philox import drop_threshold
@@ -15,7 +14,7 @@ from stage1_pytorch_tiled.visibility import Window, visible_sides
 from .forward_kernel import Logits, Loop, Tiles
 from .hook import constant
 from .launcher import Known, Layout, TileDescriptor, kind_number, known
-from .tile_config import TileConfig
+from .tile_config import TileConfig, power_of_2
 from .tiles import Dropout, Mask
 
 _ALIGNMENT = 16  # bytes: what the hardware asks of a tile's base address and strides
@@ -146,7 +145,7 @@ def _room(x: Tensor) -> Tensor:
 @cache
 def padded_head_dim(head_dim: int, dtype: torch.dtype = torch.float32) -> int:
     """Return the tile width for a head dimension: a power of two that tl.dot accepts (from 32 on for fp8)."""
-    return max(32 if dtype.itemsize == 1 else 16, triton.next_power_of_2(head_dim))
+    return max(32 if dtype.itemsize == 1 else 16, power_of_2(head_dim))
 
 
 def output_dtype(q: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ from .hook import PLAIN, Hook
 from .launcher import launch
 from .quick_interpreter import quicken
 from .simple_kernel import simple_forward_kernel
-from .tile_config import forward_config, heads_together, simple_config
+from .tile_config import cdiv, forward_config, heads_together, simple_config
 
 if triton.knobs.runtime.interpret:
     quicken()
@@ -55,7 +55,7 @@ def simple_forward(
     config = simple_config(q.dtype, block_d)
     launch(
         simple_forward_kernel,
-        (triton.cdiv(n_q, config.block_m), batch * n_heads),
+        (cdiv(n_q, config.block_m), batch * n_heads),
         config,
         q,
         k,
@@ -115,8 +115,8 @@ def forward(
     splits = (n_splits,) if n_splits > 1 else ()
     out_dtype = torch.float32 if splits else output_dtype(q)
     rows = (*splits, batch, n_heads, n_q)
-    output = torch.empty((*rows, head_dim_v), dtype=out_dtype, device=q.device) if out is None else out
-    lse = torch.empty(rows, dtype=torch.float32, device=q.device) if lse is None else lse
+    output = q.new_empty((*rows, head_dim_v), dtype=out_dtype) if out is None else out
+    lse = q.new_empty(rows, dtype=torch.float32) if lse is None else lse
     if output.numel() == 0 or n_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
 
@@ -133,7 +133,7 @@ def forward(
     out_desc = descriptor(aligned_output, config.block_m, block_dv)
     launch(
         forward_kernel,
-        (triton.cdiv(n_q, config.block_m) * batch * n_heads, n_splits),
+        (cdiv(n_q, config.block_m) * batch * n_heads, n_splits),
         config,
         descriptor(signed(q, setting), config.block_m),
         descriptor(k, config.block_n),

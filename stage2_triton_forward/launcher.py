@@ -6,7 +6,8 @@ Triton specialises numbers and addresses for. Launches of one kind share one com
 and numbers are filled in anew.
 """
 
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Known(NamedTuple):
     kind: Hashable
 
 
-class _Repeatable(NamedTuple):
+class Repeatable(NamedTuple):
     """A compiled kernel, and all about its launches that stays the same."""
 
     launch: Callable  # in C
@@ -54,9 +55,12 @@ class _Repeatable(NamedTuple):
     alive: tuple  # whose addresses are part of the key
 
 
-_repeatable: dict[tuple, _Repeatable | None] = {}
+STREAM = 3  # its place among the arguments of a C launcher, after the grid
+
+_repeatable: dict[tuple, Repeatable | None] = {}
 _kind_numbers: dict[Hashable, int] = {}
 _kept_alive: list[constexpr] = []  # their addresses are part of kinds that have numbers
+state = threading.local()  # `recorder`: writes down the launches of a call, see `replay.py`
 
 
 def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
@@ -99,23 +103,30 @@ def forget_launches() -> None:
 
 
 def _launch(kernel, grid, config, device: int, args: tuple, constants: dict) -> None:
-    if not _may_repeat(kernel):
+    recorder = getattr(state, "recorder", None)
+    if not (may_repeat() and isinstance(kernel, triton.JITFunction) and not kernel.pre_run_hooks):
         _launch_by_triton(kernel, grid, config, args, constants)
+        if recorder is not None:
+            recorder.note(None, grid, args)
         return
     key = (id(kernel), device, config.num_warps, config.num_stages, *constants.values(), *map(_kind, args))
     repeatable = _repeatable.get(key)
     if repeatable is None:
         compiled = _launch_by_triton(kernel, grid, config, args, constants)
-        _repeatable[key] = _prepare(kernel, compiled, args)
+        repeatable = _repeatable[key] = _prepare(kernel, compiled, args)
+        if recorder is not None:
+            recorder.note(repeatable, grid, args)
         return
-    packed: list[Any] = [*grid, 1, 1][:3]
+    if recorder is not None:
+        recorder.note(repeatable, grid, args)
+    packed: list[Any] = packed_grid(grid)
     packed.append(triton.runtime.driver.active.get_current_stream(device))
     packed.extend(repeatable.head)
     maps = iter(repeatable.maps)
     for x in args:
         kind = type(x)
         if kind is TileDescriptor:
-            packed.extend(_unpacked(x, next(maps)))
+            packed.extend(unpacked(x, next(maps)))
         elif kind is Tensor:
             packed.append(x.data_ptr())
         else:
@@ -123,13 +134,16 @@ def _launch(kernel, grid, config, device: int, args: tuple, constants: dict) -> 
     repeatable.launch(*packed, *repeatable.tail)
 
 
-def _may_repeat(kernel) -> bool:
-    """Return whether Triton can be passed by: not for a stand-in, nor where a profiler wants to see launches."""
+def packed_grid(grid: tuple[int, ...]) -> list[int]:
+    """Return a grid in three dimensions."""
+    return [*grid, 1, 1][:3]
+
+
+def may_repeat() -> bool:
+    """Return whether Triton can be passed by: where its version is known, and no profiler wants to see launches."""
     runtime = knobs.runtime
     return (
         _REPEATS
-        and isinstance(kernel, triton.JITFunction)
-        and not kernel.pre_run_hooks
         and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
         and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
     )
@@ -139,6 +153,20 @@ def _launch_by_triton(kernel, grid, config, args: tuple, constants: dict):
     """Launch in Triton's own way; return what it compiled."""
     plain = map(as_triton_takes_it, args)
     return kernel[grid](*plain, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def as_kernel_takes_it(x):
+    """Return an argument of `launch` as the C launcher takes it, descriptors aside."""
+    return x.value if type(x) is Known else x
+
+
+def tensors_of(x) -> Iterator[Tensor]:
+    """Yield the tensors within an argument."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, tuple):
+        for field in x:
+            yield from tensors_of(field)
 
 
 def as_triton_takes_it(x):
@@ -172,7 +200,7 @@ def _specialization(x) -> Hashable:
     return native_specialize_impl(BaseBackend, x, False, True, True)
 
 
-def _prepare(kernel, compiled, args: tuple) -> _Repeatable | None:
+def _prepare(kernel, compiled, args: tuple) -> Repeatable | None:
     """Return what a repeated launch needs, or None for a kernel that only Triton can launch."""
     if (
         not isinstance(compiled, CompiledKernel)
@@ -188,7 +216,7 @@ def _prepare(kernel, compiled, args: tuple) -> _Repeatable | None:
     head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
     head += (compiled.packed_metadata, None, None, None)  # no hooks
     tail = (None,) * (len(kernel.params) - len(args))
-    return _Repeatable(launch, head, maps, tail, (kernel, *_constexprs(args)))
+    return Repeatable(launch, head, maps, tail, (kernel, *_constexprs(args)))
 
 
 def _constexprs(x) -> list[constexpr]:
@@ -207,7 +235,7 @@ def _tile_map(meta: dict | None) -> tuple | None:
     return meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"]
 
 
-def _unpacked(x: TileDescriptor, tile_map: tuple | None) -> list:
+def unpacked(x: TileDescriptor, tile_map: tuple | None) -> list:
     """Return what a kernel gets for a descriptor, as Triton's own launcher unpacks it."""
     shape, strides = x.layout.shape, x.layout.strides
     if tile_map is None:

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
@@ -13,9 +12,11 @@ from .describe import output_dtype, padded_head_dim, readable
 from .launch import forward
 from .launcher import launch
 from .merge_kernel import merge_kernel
-from .tile_config import merge_config, split_count
+from .replay import replayed
+from .tile_config import cdiv, merge_config, power_of_2, split_count
 
 
+@replayed
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -41,7 +42,7 @@ def attention_forward(
     if n_q == 1 and setting.dropout_p == 0 and k.numel():
         return _attend_one_query(q, k, v, setting, n_splits, out, lse)
     if n_splits is None:
-        n_splits = split_count(batch * n_heads * triton.cdiv(max(n_q, 1), 64), k.shape[2], q.device)
+        n_splits = split_count(batch * n_heads * cdiv(max(n_q, 1), 64), k.shape[2], q.device)
     if n_splits == 1 or not q.numel() or not k.shape[2]:
         return forward(q, k, v, setting, out=out, lse=lse)
     parts = forward(q, k, v, setting._replace(sinks=None), n_splits=n_splits)
@@ -111,8 +112,8 @@ def merge_splits(
     """
     n_splits, batch, n_heads, n_q, head_dim_v = parts.shape
     rows = (batch, n_heads, n_q)
-    output = torch.empty((*rows, head_dim_v), dtype=output_dtype(like), device=parts.device) if out is None else out
-    lse = torch.empty(rows, dtype=torch.float32, device=parts.device) if lse is None else lse
+    output = parts.new_empty((*rows, head_dim_v), dtype=output_dtype(like)) if out is None else out
+    lse = parts.new_empty(rows, dtype=torch.float32) if lse is None else lse
     launch(
         merge_kernel,
         (lse.numel(),),
@@ -127,7 +128,7 @@ def merge_splits(
         N_HEADS=n_heads,
         N_SPLITS=n_splits,
         HEAD_DIM_V=head_dim_v,
-        BLOCK_S=triton.next_power_of_2(n_splits),
+        BLOCK_S=power_of_2(n_splits),
         BLOCK_DV=padded_head_dim(head_dim_v),
         HAS_SINKS=sinks is not None,
     )

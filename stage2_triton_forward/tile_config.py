@@ -48,6 +48,21 @@ def chosen(loop: str) -> Any:
     return _chosen.get(loop)
 
 
+def nothing_is_chosen() -> bool:
+    """Return whether the tables decide about every loop."""
+    return not _chosen
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return how many times b goes into a, rounded up; triton.cdiv is made for kernels, and slow on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 class Rows(NamedTuple):
     """The configs of one head dimension; what needs more registers than the plain loop gets smaller tiles."""
 
@@ -150,7 +165,7 @@ def _forward_config(
         return rows.short
     if storing:
         return rows.storing
-    n_programs = n_heads * triton.cdiv(n_q, rows.plain.block_m)
+    n_programs = n_heads * cdiv(n_q, rows.plain.block_m)
     return rows.guarded if guarded or n_programs <= 2 * _multiprocessors(device) else rows.plain
 
 

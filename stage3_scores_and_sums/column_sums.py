@@ -8,6 +8,7 @@ from stage1_pytorch_tiled.setting import FULL, Setting
 from stage1_pytorch_tiled.visibility import visible_sides
 from stage2_triton_forward.describe import describe_loop, descriptor, readable, signed
 from stage2_triton_forward.launcher import launch
+from stage2_triton_forward.tile_config import cdiv
 
 from .column_sum_kernel import Region, column_sum_kernel
 from .hooks import add_weights
@@ -75,7 +76,7 @@ def fold_columns(
     group = n_heads // n_kv_heads
     q_stop, k_stop = n_q if q_stop is None else q_stop, n_k if k_stop is None else k_stop
     config = column_sum_config(q)
-    n_tiles = triton.cdiv(k_stop, config.block_n)
+    n_tiles = cdiv(k_stop, config.block_n)
     heads = 1 if per_query_head or additive else group  # more programs balance better than they cost to add up
     shape = (batch, n_heads if per_query_head else n_kv_heads, k_stop)
     out = q.new_empty(shape, dtype=torch.float32) if out is None else out

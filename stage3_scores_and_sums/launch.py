@@ -15,6 +15,7 @@ from stage1_pytorch_tiled.setting import FULL, Setting
 from stage2_triton_forward.describe import describable, describe_logits, readable
 from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import forward
+from stage2_triton_forward.replay import replayed
 from stage2_triton_forward.split_kv import attention_forward
 
 from . import hooks
@@ -23,6 +24,7 @@ from .hooks import ColSum, RowFold, RowSum, Scores, Stats
 from .linear_sums import linear_col_sum, linear_row_sum
 
 
+@replayed
 def attention_with_scores(
     q: Tensor,
     k: Tensor,
@@ -60,6 +62,7 @@ def compute_attention_scores(q: Tensor, k: Tensor, setting: Setting = FULL) -> T
     return scores
 
 
+@replayed
 def attention_with_row_sum(
     q: Tensor,
     k: Tensor,
@@ -85,6 +88,7 @@ def attention_with_row_sum(
     return output, lse, row_sum if k.numel() else row_sum.zero_()
 
 
+@replayed
 def attention_with_col_sum(
     q: Tensor,
     k: Tensor,
@@ -118,6 +122,7 @@ def attention_with_col_sum(
     return output, lse, col_sum
 
 
+@replayed
 def attention_with_softmax_col_sum(
     q: Tensor,
     k: Tensor,
@@ -157,6 +162,7 @@ def attention_with_softmax_col_sum(
     return output, lse, col_sum
 
 
+@replayed
 def attention_with_stats(
     q: Tensor, k: Tensor, v: Tensor, setting: Setting = FULL
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
 from stage2_triton_forward.describe import Sides, descriptor, mask_sides, padded_head_dim, readable
 from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launcher import TileDescriptor, launch
+from stage2_triton_forward.tile_config import cdiv
 
 from .linear_sum_kernel import Ends, Rows, chunk_sum_kernel, interval_sum_kernel, prefix_sum_kernel
 from .tile_config import LinearSumConfig, linear_sum_config, prefix_sum_config
@@ -124,7 +124,7 @@ def _interval_sums(x, y, ends, counted, setting, x_is_keys, out):
     config, n_sums = chunks.config, chunks.n_sums
     launch(
         interval_sum_kernel,
-        (triton.cdiv(out.shape[2], config.chunk), x.shape[0] * n_sums),
+        (cdiv(out.shape[2], config.chunk), x.shape[0] * n_sums),
         config,
         descriptor(x, config.chunk),
         chunks.y_desc,
@@ -143,7 +143,7 @@ def _interval_sums(x, y, ends, counted, setting, x_is_keys, out):
 def _prefix_sums(y, y_desc, rows, end, n_sums, config):
     """Sum y in chunks that start where ends do; return the prefix sums [B, n_sums, chunks, BLOCK_D] and the start."""
     first = -(-end % config.chunk)  # in (-chunk, 0], a whole number of chunks away from `end`
-    n_chunks = triton.cdiv(y.shape[2] - first, config.chunk)
+    n_chunks = cdiv(y.shape[2] - first, config.chunk)
     block_d = rows.BLOCK_D.value
     sums = torch.empty(y.shape[0], n_sums, n_chunks, block_d, dtype=torch.float64, device=y.device)
     heads = y.shape[0] * n_sums

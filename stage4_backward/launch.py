@@ -1,7 +1,6 @@
 """Allocates gradients and launches the backward kernels. Inputs are taken as valid."""
 
 import torch
-import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
@@ -18,6 +17,8 @@ from stage2_triton_forward.describe import (
 from stage2_triton_forward.hook import constant
 from stage2_triton_forward.launch import forward
 from stage2_triton_forward.launcher import launch
+from stage2_triton_forward.replay import replayed
+from stage2_triton_forward.tile_config import cdiv
 from stage3_scores_and_sums.column_sum_kernel import Region
 from stage3_scores_and_sums.launch import second_pass
 
@@ -32,6 +33,7 @@ from .recompute_pytorch import grad_of_sinks
 from .tile_config import backward_configs, delta_config
 
 
+@replayed
 def backward(
     q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, grads: Gradients, setting: Setting = FULL
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -67,7 +69,7 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
     """Compute what comes through the weights and single scores; sums of raw scores need no weights."""
     batch, n_heads, n_q, _ = q.shape
     n_kv_heads, n_k = k.shape[1:3]
-    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    results = [x.new_empty(x.shape) for x in (q, k, v)]
     through = (grads.output, grads.lse, grads.scores, grads.softmax_col_sum)
     if q.numel() == 0 or k.numel() == 0 or all(x is None for x in through):
         return *(x.zero_() for x in results), None if setting.sinks is None else torch.zeros_like(setting.sinks)
@@ -86,7 +88,7 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
     config = configs.grad_q
     launch(
         grad_q_kernel,
-        (batch * n_heads, triton.cdiv(n_q, config.block_m)),
+        (batch * n_heads, cdiv(n_q, config.block_m)),
         config,
         descriptor(q, config.block_m),
         descriptor(k, config.block_n),
@@ -103,7 +105,7 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
     config = configs.grad_kv
     launch(
         grad_kv_kernel,
-        (batch * n_kv_heads, triton.cdiv(n_k, config.block_n)),
+        (batch * n_kv_heads, cdiv(n_k, config.block_n)),
         config,
         descriptor(q, config.block_m),
         descriptor(k, config.block_n),
@@ -129,10 +131,10 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
 def _delta(output: Tensor, grad_output: Tensor, extra: Tensor | None, block_m: int) -> Tensor:
     """Return rowsum(dO ∘ O) + extra, [B, Hq, M] fp32."""
     batch, n_heads, n_q, head_dim_v = output.shape
-    delta = torch.empty(output.shape[:3], dtype=torch.float32, device=output.device)
+    delta = output.new_empty(output.shape[:3], dtype=torch.float32)
     launch(
         delta_kernel,
-        (triton.cdiv(n_q, block_m), batch * n_heads),
+        (cdiv(n_q, block_m), batch * n_heads),
         delta_config(),
         descriptor(output, block_m),
         descriptor(grad_output, block_m),

@@ -1,12 +1,12 @@
 """Gradients of the raw sums in O(N·D): what a query gets is a sum of keys, what a key gets is a sum of queries."""
 
 import torch
-import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
 from stage2_triton_forward.describe import mask_sides, readable
 from stage2_triton_forward.launcher import launch
+from stage2_triton_forward.tile_config import cdiv
 from stage3_scores_and_sums.linear_sums import key_ends, query_ends, summed_chunks
 
 from .linear_grad_kernel import interval_vector_kernel
@@ -68,7 +68,7 @@ def _interval_vectors(x, y, ends, counted, setting, x_is_keys, factor=None) -> T
     chunks = summed_chunks(x, y, ends, counted, setting.key_padding_mask, x_is_keys)
     launch(
         interval_vector_kernel,
-        (triton.cdiv(x.shape[2], chunks.config.chunk), x.shape[0] * chunks.n_sums),
+        (cdiv(x.shape[2], chunks.config.chunk), x.shape[0] * chunks.n_sums),
         interval_vector_config(),
         chunks.y_desc,
         readable(factor),

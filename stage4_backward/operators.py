@@ -18,6 +18,7 @@ from .gradients import Gradients
 from .launch import backward
 from .statistics import Statistic
 
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 _NAMESPACE = "flash_attention_with_scores"
 _SETTING = (
     "bool causal, float? sm_scale, float dropout_p, int seed, int? window_left, int? window_right, float? softcap, "
@@ -37,7 +38,7 @@ def needs_operator(*inputs: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or any(type(x) not in (Tensor, torch.nn.Parameter, type(None)) for x in inputs)
+        or not _PLAIN_TYPES.issuperset(map(type, inputs))
     )
 
 

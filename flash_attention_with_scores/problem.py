@@ -1,5 +1,6 @@
 """One call of the library at its door: arguments checked, its setting made, its backend chosen."""
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def checked_problem(
     q, k, v = autocasted(q, k, v)
     check_attention(q, k, v, setting, seed, allow_fp8)
     check_features(q, k, setting, descales)
-    chosen = choose_backend(backend, q, k, v, setting.sinks)
+    chosen = choose_backend(backend, q)
     if setting.dropout_p > 0:
         setting = setting._replace(seed=int(torch.randint(2**62, ())) if seed is None else seed)
     if type(setting.window) is list:
@@ -57,19 +58,28 @@ def checked_problem(
     return Problem(q, k, v, setting, chosen)
 
 
-def choose_backend(backend: str | None, q: Tensor, *others: Tensor | None) -> Backend:
+def choose_backend(backend: str | None, q: Tensor) -> Backend:
     """Return the backend asked for, or the one of q's device; its kernels are imported when they are first needed."""
     if check_backend(backend, q) == "pytorch":
         return pytorch_backend
-    try:
-        from . import triton_backend
-    except ImportError as error:
-        raise ValueError("backend='triton' needs the triton package, which has wheels for Linux only") from error
-    if not q.is_cuda and not triton_backend.INTERPRETED:
+    kernels = _kernels[0] if _kernels else _import_kernels()
+    if not q.is_cuda and not kernels.INTERPRETED:
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
             "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
         )
+    return kernels
+
+
+_kernels: list[ModuleType] = []  # the backend that runs them, once it is imported
+
+
+def _import_kernels() -> ModuleType:
+    try:
+        from . import triton_backend
+    except ImportError as error:
+        raise ValueError("backend='triton' needs the triton package, which has wheels for Linux only") from error
+    _kernels.append(triton_backend)
     return triton_backend
 
 

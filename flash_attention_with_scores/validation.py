@@ -17,20 +17,21 @@ _BACKENDS = ("triton", "pytorch")
 
 def check_attention(q, k, v, setting: Setting, seed, allow_fp8: bool = False) -> None:
     """Check the arguments of attention itself; raise TypeError or ValueError."""
-    _check_qk(q, k, allow_fp8)
+    batch, n_kv_heads, n_k, _ = _check_qk(q, k, allow_fp8)
     if v is not k:
-        _check_tensor("v", v, allow_fp8)
+        v_shape = _check_tensor("v", v, allow_fp8)
         _check_like("v", v, "k", k)
-        if v.shape[:3] != k.shape[:3]:
-            raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v.shape[:3])}")
-        if not 1 <= v.shape[3] <= _MAX_HEAD_DIM:
-            raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v.shape[3]}")
+        if v_shape[:3] != (batch, n_kv_heads, n_k):
+            raise ValueError(f"v must have k's batch, heads and length {list(k.shape[:3])}, got {list(v_shape[:3])}")
+        if not 1 <= v_shape[3] <= _MAX_HEAD_DIM:
+            raise ValueError(f"v's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {v_shape[3]}")
     check_flag("causal", setting.causal)
     if setting.sm_scale is not None:
         check_number("sm_scale", setting.sm_scale, " or None")
-    check_number("dropout_p", setting.dropout_p)
-    if not 0 <= setting.dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {setting.dropout_p}")
+    if setting.dropout_p != 0 or type(setting.dropout_p) is not float:
+        check_number("dropout_p", setting.dropout_p)
+        if not 0 <= setting.dropout_p < 1:
+            raise ValueError(f"dropout_p must be in [0, 1), got {setting.dropout_p}")
     if seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
@@ -160,12 +161,12 @@ def check_window(window) -> None:
         raise ValueError(f"window must not be negative, got {window!r}")
 
 
-def _check_qk(q, k, allow_fp8: bool = False) -> None:
-    """Check the tensors that define the scores."""
-    _check_tensor("q", q, allow_fp8)
-    _check_tensor("k", k, allow_fp8)
+def _check_qk(q, k, allow_fp8: bool = False) -> torch.Size:
+    """Check the tensors that define the scores; return k's shape."""
+    batch, n_heads, _, head_dim = _check_tensor("q", q, allow_fp8)
+    k_shape = _check_tensor("k", k, allow_fp8)
     _check_like("k", k, "q", q)
-    (batch, n_heads, _, head_dim), (k_batch, n_kv_heads, _, k_head_dim) = q.shape, k.shape
+    k_batch, n_kv_heads, _, k_head_dim = k_shape
     if k_batch != batch:
         raise ValueError(f"k must have q's batch size {batch}, got {k_batch}")
     if k_head_dim != head_dim:
@@ -174,6 +175,7 @@ def _check_qk(q, k, allow_fp8: bool = False) -> None:
         raise ValueError(f"q's head dimension must be from 1 to {_MAX_HEAD_DIM}, got {head_dim}")
     if n_kv_heads == 0 or n_heads % n_kv_heads:
         raise ValueError(f"q's head count must be a multiple of k's, got {n_heads} and {n_kv_heads}")
+    return k_shape
 
 
 def check_backend(backend, q: Tensor) -> str:
@@ -207,13 +209,16 @@ def _kind(x) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
-def _check_tensor(name: str, x, allow_fp8: bool = False) -> None:
+def _check_tensor(name: str, x, allow_fp8: bool = False) -> torch.Size:
+    """Check a tensor by itself; return its shape."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.ndim != 4:
-        raise ValueError(f"{name} must be 4-D [batch, heads, sequence, head_dim], got shape {list(x.shape)}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must be 4-D [batch, heads, sequence, head_dim], got shape {list(shape)}")
     if x.dtype not in _DTYPES and not (allow_fp8 and x.dtype in _FP8):
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64{' or fp8' if allow_fp8 else ''}, got {x.dtype}")
+    return shape
 
 
 def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

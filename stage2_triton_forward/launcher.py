@@ -7,7 +7,7 @@ and numbers are filled in anew.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -160,13 +160,9 @@ def as_kernel_takes_it(x):
     return x.value if type(x) is Known else x
 
 
-def tensors_of(x) -> Iterator[Tensor]:
-    """Yield the tensors within an argument."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, tuple):
-        for field in x:
-            yield from tensors_of(field)
+def holds_tensors(x) -> bool:
+    """Return whether there is a tensor within an argument."""
+    return isinstance(x, Tensor) or (isinstance(x, tuple) and any(map(holds_tensors, x)))
 
 
 def as_triton_takes_it(x):

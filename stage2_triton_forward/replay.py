@@ -20,6 +20,7 @@ from . import launcher
 from .launcher import TileDescriptor
 from .tile_config import nothing_is_chosen
 
+_N_NUMBERS = Setting._fields.index("sinks")  # from there on fields are tensors
 _MANY = 4096  # calls that are remembered before all are forgotten
 
 P = ParamSpec("P")
@@ -63,11 +64,11 @@ _seen: set[Hashable] = set()
 
 
 def replayed(function: Callable[P, R]) -> Callable[P, R]:
-    """Replay calls of a function of tensors, numbers and Settings that returns a tuple of tensors."""
+    """Replay calls of a function of tensors, numbers and Settings, the first being q, that returns a tuple of tensors."""
 
     @functools.wraps(function)
     def call(*args: P.args, **own: P.kwargs) -> R:
-        first: Any = args[0] if args else next(iter(own.values()))
+        first: Any = args[0] if args else own["q"]
         if not (first.is_cuda and launcher.may_repeat() and nothing_is_chosen()) or _recorder() is not None:
             return function(*args, **own)
         inputs: list[Tensor] = []
@@ -115,11 +116,14 @@ def _is_random(*values) -> bool:
 
 def _part(x: Any, inputs: list[Tensor]) -> Hashable:
     """Return all of an argument that a tape may depend on; put its tensors into `inputs`."""
-    if isinstance(x, Tensor):
+    kind = type(x)
+    if kind is Tensor or kind is torch.nn.Parameter:
         inputs.append(x)
         return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+    if kind is Setting:  # most have no tensors
+        return x[:_N_NUMBERS], *[None if field is None else _part(field, inputs) for field in x[_N_NUMBERS:]]
     if isinstance(x, tuple):
-        return type(x), *[_part(field, inputs) for field in x]
+        return kind, *[_part(field, inputs) for field in x]
     return x
 
 
@@ -214,7 +218,7 @@ class _Recorder(TorchDispatchMode):
             elif isinstance(x, Tensor):
                 pointers.append((place, self._slot(x)))
                 arguments.append(0)
-            elif isinstance(x, tuple) and any(launcher.tensors_of(x)):
+            elif isinstance(x, tuple) and launcher.holds_tensors(x):
                 tuples.append((place, self._open(x)))
                 arguments.append(None)
             else:
@@ -246,7 +250,7 @@ class _Recorder(TorchDispatchMode):
         """Return a tuple with Slots for tensors."""
         if isinstance(x, Tensor):
             return self._slot(x)
-        if isinstance(x, tuple) and any(launcher.tensors_of(x)):
+        if isinstance(x, tuple) and launcher.holds_tensors(x):
             return _Open(map(self._open, x))
         return x
 

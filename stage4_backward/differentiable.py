@@ -13,7 +13,11 @@ from .statistics import Statistic
 
 def needs_gradients(*inputs: Tensor | None) -> bool:
     """Return whether a result of these inputs is to be differentiated."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def differentiable(

@@ -20,6 +20,7 @@ from .statistics import Statistic
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 _NAMESPACE = "flash_attention_with_scores"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _SETTING = (
     "bool causal, float? sm_scale, float dropout_p, int seed, int? window_left, int? window_right, float? softcap, "
     "Tensor? sinks, Tensor? key_padding_mask, Tensor? descale"
@@ -53,6 +54,18 @@ def whole(arguments: tuple) -> Setting:
     return Setting(causal, sm_scale, dropout_p, seed, (left, right), *rest)
 
 
+def _register(name: str, schema: str, run: Callable, shapes: Callable):
+    """Make an operator that PyTorch knows; return it.
+
+    Registered for each device by itself: what `torch.library.custom_op` does beside takes longer than a short kernel.
+    """
+    _library.define(name + schema)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", shapes, lib=_library)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+
+
 class AttentionOperator:
     """A function of attention as a plain launch, as a differentiable function, and as an operator of PyTorch."""
 
@@ -62,10 +75,8 @@ class AttentionOperator:
         self.defaults = {name: default for name, (_, default) in statistic.own.items()}
         schema = ", ".join([_ATTENTION, *(f"{kind} {name}" for name, (kind, _) in statistic.own.items())])
         results = ", ".join(["Tensor"] * (2 + len(statistic.results)))
-        name = f"{_NAMESPACE}::{statistic.name}"
-        self.op = torch.library.custom_op(name, self._run, mutates_args=(), schema=f"({schema}) -> ({results})")
-        self.op.register_fake(self._shapes)
-        self.op.register_autograd(self._gradients, setup_context=self._keep)
+        self.op = _register(statistic.name, f"({schema}) -> ({results})", self._run, self._shapes)
+        torch.library.register_autograd(self.op, self._gradients, setup_context=self._keep, lib=_library)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting, **own) -> tuple[Tensor, ...]:
         """Attend in the way that this call needs."""
@@ -128,13 +139,8 @@ def _backward_shapes(q, k, v, *arguments):
     return *grads, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-backward_op = torch.library.custom_op(
-    f"{_NAMESPACE}::backward",
-    _run_backward,
-    mutates_args=(),
-    schema=f"({_ATTENTION}, Tensor output, Tensor lse, {Gradients.schema()}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-backward_op.register_fake(_backward_shapes)
+_BACKWARD = f"({_ATTENTION}, Tensor output, Tensor lse, {Gradients.schema()}) -> (Tensor, Tensor, Tensor, Tensor)"
+backward_op = _register("backward", _BACKWARD, _run_backward, _backward_shapes)
 
 attention = AttentionOperator(statistics.PLAIN, attention_forward)
 attention_with_scores = AttentionOperator(statistics.SCORES, launch.attention_with_scores)
@@ -144,18 +150,8 @@ attention_with_softmax_col_sum = AttentionOperator(statistics.SOFTMAX_COL_SUM, l
 attention_with_stats = AttentionOperator(statistics.STATS, launch.attention_with_stats)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::compute_attention_scores", mutates_args=())
-def scores_op(
-    q: Tensor,
-    k: Tensor,
-    causal: bool,
-    sm_scale: float | None,
-    window_left: int | None,
-    window_right: int | None,
-    key_padding_mask: Tensor | None,
-) -> Tensor:
-    """Return the scores [B, Hq, M, N] in q's dtype, the window in two parts."""
-    return launch.compute_attention_scores(q, k, _masks(causal, sm_scale, window_left, window_right, key_padding_mask))
+def _run_scores(q, k, *masks):
+    return launch.compute_attention_scores(q, k, _masks(*masks))
 
 
 def compute_attention_scores(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
@@ -170,7 +166,6 @@ def _masks(causal, sm_scale, left, right, key_padding_mask) -> Setting:
     return Setting(causal, sm_scale, window=(left, right), key_padding_mask=key_padding_mask)
 
 
-@scores_op.register_fake
 def _scores_shape(q, k, *_):
     return q.new_empty(*q.shape[:3], k.shape[2])
 
@@ -188,4 +183,8 @@ def _scores_gradient(ctx, grad_scores):
     return grad_q, grad_k, *[None] * 5
 
 
-scores_op.register_autograd(_scores_gradient, setup_context=_keep_inputs)
+_SCORES = (
+    "(Tensor q, Tensor k, bool causal, float? sm_scale, int? window_left, int? window_right, Tensor? padding) -> Tensor"
+)
+scores_op = _register("compute_attention_scores", _SCORES, _run_scores, _scores_shape)
+torch.library.register_autograd(scores_op, _scores_gradient, setup_context=_keep_inputs, lib=_library)

@@ -190,11 +190,10 @@ def test_numbers_beyond_32_bits():
 @on_gpu
 def test_another_stream(by_triton):
     out = torch.zeros(64, device="cuda")
-    fill(out, 60)
+    fill(out, 60, times=2)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(20_000_000)
-        fill(out, 60, times=2)  # other constants: dispatched by Triton
+        torch.cuda._sleep(200_000_000)
         fill(out, 60, times=2)
         done = side.record_event()
     assert not done.query(), "the launch did not go to the stream that sleeps"
@@ -281,9 +280,9 @@ def test_a_kernel_that_a_test_or_a_learner_replaces(monkeypatch):
     assert len(calls) == 1
 
 
-def test_settings_one_by_one():
+def test_settings_one_by_one(device):
     """The adapter of these tests says what a Setting says."""
-    q = torch.randn(1, 1, 5, 16)
+    q = torch.randn(1, 1, 5, 16, device=device)
     expected = attention_forward(q, q, q, Setting(causal=True, sm_scale=0.5, window=(2, None)))
     for actual, truth in zip(flat(attention_forward)(q, q, q, True, 0.5, window=(2, None)), expected, strict=True):
         assert torch.equal(actual, truth)

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmark.cases import SHARED_MEMORY_LIMIT
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward import launch as stage2
 from stage2_triton_forward.split_kv import attention_forward
 from stage2_triton_forward.tile_config import TileConfig, choose
@@ -47,33 +48,35 @@ def add_up(acc, logits, weights, q_idx, k_idx):
 
 REGION = {"q_begin": 192, "k_stop": 192}
 SCORES_AND_SUMS = {  # stage 3, by the name of the case
-    "with_scores": lambda q, k, c: stage3.attention_with_scores(q, k, k, c),
-    "scores_alone": lambda q, k, c: stage3.compute_attention_scores(q, k, c),
-    "row_sum_kahan": lambda q, k, c: stage3.attention_with_row_sum(q, k, k, c, algorithm="kahan"),
-    "row_sum_linear": lambda q, k, c: linear_row_sum(q, k, c),
-    "col_sum_linear": lambda q, k, c: linear_col_sum(q, k, c, window=(100, None)),
-    "col_sum_reverse": lambda q, k, c: stage3.attention_with_col_sum(q, k, k, c, algorithm="atomic_reverse"),
-    "col_sum_round_robin": lambda q, k, c: stage3.attention_with_col_sum(q, k, k, c, algorithm="atomic_round_robin"),
-    "softmax_col_sum": lambda q, k, c: softmax_col_sum(q, k, ROWS, c),
-    "softmax_col_sum_window": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, window=(100, None), softcap=20.0),
-    "softmax_cross": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, **REGION),
-    "softmax_cross_stored": lambda q, k, c: softmax_col_sum(q, k, ROWS, c, **REGION, stored=q.new_empty(1, 4, 64, 192)),
-    "stats": lambda q, k, c: stage3.attention_with_stats(q, k, k, c),
-    "fold_columns": lambda q, k, c: fold_columns(q, k, ROWS, add_up, 0.0, c),
-    "fold_rows": lambda q, k, c: stage3.fold_rows(q, k, ROWS, add_up, 0.0, c),
+    "with_scores": lambda q, k, s: stage3.attention_with_scores(q, k, k, s),
+    "scores_alone": lambda q, k, s: stage3.compute_attention_scores(q, k, s),
+    "row_sum_kahan": lambda q, k, s: stage3.attention_with_row_sum(q, k, k, s, algorithm="kahan"),
+    "row_sum_linear": lambda q, k, s: linear_row_sum(q, k, s),
+    "col_sum_linear": lambda q, k, s: linear_col_sum(q, k, s._replace(window=(100, None))),
+    "col_sum_reverse": lambda q, k, s: stage3.attention_with_col_sum(q, k, k, s, algorithm="atomic_reverse"),
+    "col_sum_round_robin": lambda q, k, s: stage3.attention_with_col_sum(q, k, k, s, algorithm="atomic_round_robin"),
+    "softmax_col_sum": lambda q, k, s: softmax_col_sum(q, k, ROWS, s),
+    "softmax_col_sum_window": lambda q, k, s: softmax_col_sum(
+        *(q, k, ROWS), s._replace(window=(100, None), softcap=20.0)
+    ),
+    "softmax_cross": lambda q, k, s: softmax_col_sum(q, k, ROWS, s, **REGION),
+    "softmax_cross_stored": lambda q, k, s: softmax_col_sum(q, k, ROWS, s, **REGION, stored=q.new_empty(1, 4, 64, 192)),
+    "stats": lambda q, k, s: stage3.attention_with_stats(q, k, k, s),
+    "fold_columns": lambda q, k, s: fold_columns(q, k, ROWS, s, add_up),
+    "fold_rows": lambda q, k, s: stage3.fold_rows(q, k, ROWS, s, add_up),
 }
 GRADIENTS = {  # stage 4
-    "backward": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c),
-    "backward_softcap": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, softcap=20.0),
-    "backward_dropout": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, dropout_p=0.1),
-    "backward_window": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q), c, window=(100, None)),
-    "backward_scores": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), c),
-    "backward_columns": lambda q, k, c: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), c),
-    "columns_of_one_query": lambda q, k, c: through_columns(
-        *(q[:, :, :1], k, ROWS[:, :, :1]), describe_score_grads(q, Gradients(softmax_col_sum=COLUMNS), ROWS), c
+    "backward": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q), s),
+    "backward_softcap": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q), s._replace(softcap=20.0)),
+    "backward_dropout": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q), s._replace(dropout_p=0.1)),
+    "backward_window": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q), s._replace(window=(100, None))),
+    "backward_scores": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), s),
+    "backward_columns": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), s),
+    "columns_of_one_query": lambda q, k, s: through_columns(
+        *(q[:, :, :1], k, ROWS[:, :, :1]), describe_score_grads(q, Gradients(softmax_col_sum=COLUMNS)), s
     ),
-    "row_sum_grads": lambda q, k, c: linear_row_sum_grads(q, k, ROWS, c),
-    "col_sum_grads": lambda q, k, c: linear_col_sum_grads(q, k, COLUMNS, c),
+    "row_sum_grads": lambda q, k, s: linear_row_sum_grads(q, k, ROWS, s),
+    "col_sum_grads": lambda q, k, s: linear_col_sum_grads(q, k, COLUMNS, s),
 }
 
 
@@ -161,21 +164,25 @@ def launches(arch: int) -> Iterator[tuple[str, Callable[[], object]]]:
                 "sinks": {"sinks": torch.ones(4)},
                 "padding": {"key_padding_mask": real},
                 "dropout": {"dropout_p": 0.1},
-                "split": {"n_splits": 4},
             }
             for causal in (False, True):
                 suffix = f"{dtype_name}-d{head_dim}-{'causal' if causal else 'full'}"
                 for name, options in variants.items():
-                    yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, o=options: stage2.forward(q, k, k, c, **o)
-                yield f"decode-{suffix}", lambda q=q, k=k, c=causal: attention_forward(q[:, :, :1], k, k, c, n_splits=4)
+                    setting = Setting(causal, **options)
+                    yield f"{name}-{suffix}", lambda q=q, k=k, s=setting: stage2.forward(q, k, k, s)
+                setting = Setting(causal)
+                yield f"split-{suffix}", lambda q=q, k=k, s=setting: stage2.forward(q, k, k, s, n_splits=4)
+                one = q[:, :, :1]
+                yield f"decode-{suffix}", lambda q=one, k=k, s=setting: attention_forward(q, k, k, s, n_splits=4)
                 yield f"simple-{suffix}", lambda q=q, k=k, c=causal: stage2.simple_forward(q, k, k, c)
                 for name, launch in (SCORES_AND_SUMS | GRADIENTS).items():
-                    yield f"{name}-{suffix}", lambda q=q, k=k, c=causal, launch=launch: launch(q, k, c)
+                    yield f"{name}-{suffix}", lambda q=q, k=k, s=setting, launch=launch: launch(q, k, s)
     if arch < 89:  # no fp8 tensor cores
         return
     for dtype_name, dtype in {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.items():
         q = torch.empty(1, 4, 256, 128, dtype=dtype)
-        yield f"fp8-{dtype_name}-d128-causal", lambda q=q: stage2.forward(q, q, q, True, descale=torch.ones(2))
+        setting = Setting(causal=True, descale=torch.ones(2))
+        yield f"fp8-{dtype_name}-d128-causal", lambda q=q, s=setting: stage2.forward(q, q, q, s)
 
 
 def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> None:
@@ -184,7 +191,7 @@ def compile_configs(configs: list[list], head_dim: int, dtype: torch.dtype, caus
     for config in configs:
         try:
             with choose(forward=TileConfig(*config)):
-                resources = compile_case("forward", lambda: stage2.forward(q, q, q, causal), arch)[0]._asdict()
+                resources = compile_case("forward", lambda: stage2.forward(q, q, q, Setting(causal)), arch)[0]._asdict()
         except Exception:  # whatever the compiler cannot do
             resources = None
         print(json.dumps({"config": config, "resources": resources}), flush=True)

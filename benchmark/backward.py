@@ -8,6 +8,7 @@ import torch
 from benchmark.cases import Shape, forward_peers
 from benchmark.measure import failure, median_ms, side_by_side, spread
 from benchmark.oracle import GradientOracle
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.split_kv import attention_forward
 from stage2_triton_forward.tile_config import TileConfig, choose
 from stage4_backward.gradients import Gradients
@@ -35,9 +36,9 @@ def fp32_tile_rows(n: int = 4096, n_heads: int = 8) -> Iterator[dict]:
         shape = Shape(1, n_heads, n_heads, n, head_dim, True)
         q, k, v = shape.tensors(torch.float32)
         grad_output = torch.randn_like(q)
-        output, lse = attention_forward(q, k, v, True)
+        output, lse = attention_forward(q, k, v, Setting(causal=True))
         oracle = GradientOracle(q, k, v, grad_output, True)
-        call = partial(backward, q, k, v, output, lse, Gradients(grad_output), True)
+        call = partial(backward, q, k, v, output, lse, Gradients(grad_output), Setting(causal=True))
         for kernel, tiles in FP32_TILES.items():
             for tile in tiles:
                 configs = dict.fromkeys(FP32_TILES, TileConfig(*FP32_TILES["grad_q"][0], "tf32x3"))
@@ -53,10 +54,10 @@ def backward_rows(dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:
         q, k, v = (x.requires_grad_() for x in shape.tensors(dtype))
         grad_output = torch.randn_like(q)
         with torch.no_grad():
-            output, lse = attention_forward(q, k, v, shape.causal)
+            output, lse = attention_forward(q, k, v, Setting(shape.causal))
 
         leaves = [x.detach() for x in (q, k, v)]
-        calls = {"ours": partial(backward, *leaves, output, lse, Gradients(grad_output), shape.causal)}
+        calls = {"ours": partial(backward, *leaves, output, lse, Gradients(grad_output), Setting(shape.causal))}
         row = {
             "shape": str(shape),
             "dtype": str(dtype),

@@ -27,19 +27,21 @@ METRICS = {
 def launch_all(n: int = 4096) -> None:
     """Launch forward, scores, sums and backward once each: B = 1, Hq = 32, Hk = 8, D = 128, bf16, causal."""
     from benchmark.cases import Shape
+    from stage1_pytorch_tiled.setting import Setting
     from stage2_triton_forward.split_kv import attention_forward
     from stage3_scores_and_sums import launch
     from stage4_backward.gradients import Gradients
     from stage4_backward.launch import backward
 
+    setting = Setting(causal=True)
     q, k, v = Shape(1, 32, 8, n, 128, True).tensors(torch.bfloat16)
-    output, lse = attention_forward(q, k, v, True)
-    launch.attention_with_scores(q, k, v, True)
-    launch.attention_with_col_sum(q, k, v, True)
-    launch.attention_with_col_sum(q, k, v, True, algorithm="atomic_reverse")
-    launch.attention_with_softmax_col_sum(q, k, v, True)
-    backward(q, k, v, output, lse, Gradients(torch.randn_like(output)), True)
-    attention_forward(q[:, :, :1], k, v, True)
+    output, lse = attention_forward(q, k, v, setting)
+    launch.attention_with_scores(q, k, v, setting)
+    launch.attention_with_col_sum(q, k, v, setting)
+    launch.attention_with_col_sum(q, k, v, setting, algorithm="atomic_reverse")
+    launch.attention_with_softmax_col_sum(q, k, v, setting)
+    backward(q, k, v, output, lse, Gradients(torch.randn_like(output)), setting)
+    attention_forward(q[:, :, :1], k, v, setting)
     torch.cuda.synchronize()
 
 

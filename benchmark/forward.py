@@ -8,6 +8,7 @@ from benchmark.cases import FORWARD_SHAPES, forward_peers
 from benchmark.measure import copy_rate, failure, n_bytes, side_by_side, spread
 from benchmark.oracle import output_is_right
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.launch import forward
 from stage2_triton_forward.split_kv import attention_forward
 
@@ -18,7 +19,8 @@ def forward_rows(dtype: torch.dtype = torch.bfloat16) -> Iterator[dict]:
     """Time every shape; a peer that cannot run a shape is left out of its row."""
     for shape in FORWARD_SHAPES:
         q, k, v = shape.tensors(dtype)
-        calls = {"ours": lambda q=q, k=k, v=v, c=shape.causal: forward(q, k, v, c)[0]}
+        setting = Setting(shape.causal)
+        calls = {"ours": lambda q=q, k=k, v=v, s=setting: forward(q, k, v, s)[0]}
         calls |= forward_peers(q, k, v, shape.causal)
         row = {
             "shape": str(shape),
@@ -43,14 +45,15 @@ def decode_rows(dtype: torch.dtype = torch.bfloat16, layers: int = 8, caches: in
     different caches, so that the time of a call is the GPU's and neither Python's nor the graph's start.
     """
     copied = copy_rate("cuda")
+    setting = Setting(causal=True)
     for n in DECODE_LENGTHS:
         q = torch.randn(1, 32, 1, 128, device="cuda").to(dtype)
         cache = [[torch.randn(1, 8, n, 128, device="cuda").to(dtype) for _ in range(2)] for _ in range(caches)]
-        right = all(output_is_right(attention_forward(q, *kv, True)[0], q, *kv, True) for kv in cache)
+        right = all(output_is_right(attention_forward(q, *kv, setting)[0], q, *kv, True) for kv in cache)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for layer in range(layers):
-                attention_forward(q, *cache[layer % caches], True)
+                attention_forward(q, *cache[layer % caches], setting)
         times = [ms / layers for ms in side_by_side({"ours": graph.replay})["ours"]]
         rate = n_bytes(*cache[0]) / spread(times)["ms"] / 1e6
         yield {"n": n, "right": right, **spread(times), "GB/s": rate, "copy GB/s": copied, "share": rate / copied}
@@ -66,7 +69,7 @@ def fp8_rows(n: int = 2048, head_dim: int = 128) -> Iterator[dict]:
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         q, k, v = (x.to(dtype) for x in exact)
         for causal in (False, True):
-            output, _ = attention_forward(q, k, v, causal)
+            output, _ = attention_forward(q, k, v, Setting(causal))
             quantised = naive_attention(q.double(), k.double(), v.double(), causal).output
             unquantised = naive_attention(*exact, causal).output
             size = unquantised.square().mean().sqrt()

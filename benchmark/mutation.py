@@ -31,7 +31,7 @@ from rich.table import Table
 
 from course.mutants import ROOT, import_once, outcome_of, start_tests
 
-from .mutation_cases import EQUIVALENT, TESTS
+from .mutation_cases import EQUIVALENT, ONLY, TESTS
 from .record import Record, TimeLimit, within
 
 RESULT = ROOT / "benchmark" / "results" / "mutation.json"
@@ -257,8 +257,13 @@ def key_of(mutant: Mutant) -> tuple[str, str, str, str]:
 
 def sampled(files: Iterable[str], sample: int, seed: int) -> list[Mutant]:
     """Return mutants of all files in random order, that depends on nothing but the seed: so many, or all for 0."""
-    everything = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text())]
+    everything = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text()) if _runs(mutant)]
     return random.Random(seed).sample(everything, min(sample or len(everything), len(everything)))
+
+
+def _runs(mutant: Mutant) -> bool:
+    """Return whether the mutant's function runs where mutants are tried, which is a CPU."""
+    return mutant.file not in ONLY or mutant.function in ONLY[mutant.file]
 
 
 def counts(results: Iterable[tuple[Mutant, str]]) -> list[dict]:

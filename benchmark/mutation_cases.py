@@ -44,7 +44,63 @@ HUGGINGFACE = [
     "test_library_huggingface.py::test_chunks_and_single_tokens_add_up_to_the_whole",
     "test_library_huggingface.py::test_generate",
 ]
+OPCHECKS = [
+    "test_library_api.py::test_only_plain_calls_pass_the_operators_by",
+    "test_library_attention.py::test_opcheck",
+    "test_library_sums.py::test_opcheck",
+    "test_library_sums.py::test_opcheck_of_the_scores_alone",
+    "test_library_gradients.py::test_opcheck_of_attention",
+    "test_library_gradients.py::test_opcheck_of_statistics",
+    "test_library_gradients.py::test_opcheck_of_scores_alone",
+    "test_library_gradients.py::test_opcheck_of_the_backward_pass",
+]
+DIFFERENTIATED = [
+    "test_library_gradients.py::test_every_result_is_differentiable",
+    "test_library_gradients.py::test_scores_alone",
+    "test_library_gradients.py::test_sums_over_a_part_of_the_queries",
+    "test_library_gradients.py::test_no_graph_where_none_is_wanted",
+    "test_library_gradients.py::test_gradients_of_some_inputs_only",
+    "test_library_gradients.py::test_stats_have_no_gradient_and_their_output_has",
+    "test_library_gradients.py::test_fp8_has_no_backward_pass",
+    "test_library_gradients.py::test_dropout_is_drawn_again",
+    "test_library_gradients.py::test_backward_twice",
+]
+BACKENDS = [
+    "test_library_sums.py::test_every_function_matches_the_oracle",
+    "test_library_statistics.py::test_stats_match_the_oracle",
+    "test_library_statistics.py::test_reductions_match_the_oracle",
+    "test_library_statistics.py::test_folds_that_cannot_be_used",
+    "test_library_sums.py::test_buffers_of_the_caller",
+    "test_library_sums.py::test_reused_buffers",
+    "test_library_sums.py::test_part_of_the_queries",
+    "test_library_attention.py::test_options",
+]
 TESTS = {  # by file, the likeliest and fastest first: files and tests of the folder of tests
+    "stage1_pytorch_tiled/visibility.py": [
+        "test_stage1_tiled_forward.py",
+        "test_stage1_tile_grid.py",
+        "test_stage2_tiles.py::test_visible_keys",
+        "test_stage2_features.py::test_features",
+    ],
+    "stage2_triton_forward/describe.py": [
+        "test_stage2_forward.py::test_unaligned_storage",
+        "test_stage2_forward.py::test_any_strides",
+        "test_stage2_forward.py::test_scale",
+        "test_stage2_forward.py::test_negative_scale_in_whole_tiles",
+        "test_stage2_forward.py::test_dropout_is_the_philox_of_stage_one",
+        "test_stage2_tiles.py::test_visible_tile",
+        "test_stage2_features.py::test_everything_at_once",
+        "test_stage2_features.py::test_values_of_another_width",
+        "test_stage2_features.py::test_fp8",
+        "test_library_attention.py::test_sinks_and_padding_may_have_any_strides",
+        "test_stage4_kernels.py::test_unaligned_storage",
+        "test_stage4_kernels.py::test_any_strides",
+        "test_stage2_features.py::test_features",
+    ],
+    "stage2_triton_forward/launcher.py": [
+        "test_stage2_forward.py::test_three_dimensional_inputs",
+        "test_stage2_features.py::test_everything_at_once",
+    ],
     "stage2_triton_forward/launch.py": [
         "test_stage2_forward.py::test_unaligned_storage",
         "test_stage2_forward.py::test_rows_that_see_nothing",
@@ -96,13 +152,35 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
         "test_library_gradients.py::test_autocast",
         "test_library_gradients.py::test_autocast_casts_what_is_not_cast_yet",
         "test_library_gradients.py::test_autocast_leaves_fp64_alone",
-        "test_library_gradients.py::test_sums_over_a_part_of_the_queries",
-        "test_library_gradients.py::test_buffers_do_not_go_with_gradients",
-        "test_library_gradients.py::test_gradcheck",
-        "test_library_gradients.py::test_gradients_of_some_inputs_only",
         "test_library_gradients.py::test_checkpointing_draws_the_same_seed",
         *SUMS,
     ],
+    "flash_attention_with_scores/sums.py": [
+        *SUMS,
+        "test_library_sums.py::test_bad_input_of_the_cross_token_sums",
+        "test_library_sums.py::test_bad_input",
+        "test_library_sums.py::test_both_backends_take_every_algorithm",
+        "test_library_sums.py::test_a_split_past_the_last_query",
+        "test_library_sums.py::test_buffers_do_not_go_with_gradients",
+        "test_library_gradients.py::test_buffers_do_not_go_with_gradients",
+        "test_library_gradients.py::test_buffered_and_sequential_sums",
+    ],
+    "flash_attention_with_scores/triton_backend.py": BACKENDS,
+    "flash_attention_with_scores/pytorch_backend.py": [
+        *BACKENDS,
+        *DIFFERENTIATED,
+        "test_library_gradients.py::test_gradcheck",
+        "test_library_api.py::test_only_the_scores_are_of_quadratic_size",
+        "test_library_sums.py::test_empty_tensors_and_empty_sums",
+    ],
+    "stage4_backward/operators.py": [
+        *OPCHECKS,
+        *DIFFERENTIATED,
+        "test_library_gradients.py::test_compiles_into_one_graph",
+    ],
+    "stage4_backward/differentiable.py": DIFFERENTIATED,
+    "stage4_backward/gradients.py": [*DIFFERENTIATED, *OPCHECKS],
+    "stage4_backward/statistics.py": [*OPCHECKS, *DIFFERENTIATED],
     "flash_attention_with_scores/huggingface/attention.py": HUGGINGFACE,
     "flash_attention_with_scores/huggingface/masks.py": HUGGINGFACE,
     "flash_attention_with_scores/eviction/cache.py": ["test_library_eviction.py", "test_stage5_eviction.py"],
@@ -128,11 +206,13 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
     "stage4_backward/linear_grad_kernel.py": LINEAR_GRADS,
 }
 
+ONLY = {  # functions of a file whose mutants are tried, where the others run on a GPU alone
+    "stage2_triton_forward/launcher.py": ("launch", "_launch_by_triton", "as_triton_takes_it"),
+}
+
 NOTHING_COUNTED = "saves the launch; the kernels add up nothing to 0 as well"
 NOT_STORED = "rows past the end are computed, but not stored"
-NOTHING_DROPPED = "nothing is dropped with a probability below 0 either"
 AS_LONG = "a tensor has as many strides as sizes"
-NO_GRAPH = "saves the bookkeeping of a graph that nobody asked for; the results are the same"
 ONE_OF_TWO = "of two parts one is causal order, so that the other is a window in either case"
 PAST_THE_END = "y_stop is the last row's end, and what a tile loads past it is 0"
 ALL_TRUE = "true of every column, and there to give the mask its shape"
@@ -168,13 +248,6 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         NOT_STORED,
     ),
     (
-        "stage3_scores_and_sums/launch.py",
-        "attention_with_stats",
-        "dropout_p: float = 0.0,",
-        "dropout_p: float = (-1.0),",
-        NOTHING_DROPPED,
-    ),
-    (
         "flash_attention_with_scores/eviction/cache.py",
         "EvictingLayer.evict",
         "n_kept = 0 if self.positions is None else self.positions.shape[-1]",
@@ -187,13 +260,6 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "length = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1",
         "length = sum((size - 1) * step for size, step in zip(x.shape, x.stride())) + 1",
         AS_LONG,
-    ),
-    (
-        "flash_attention_with_scores/problem.py",
-        "Problem.run",
-        "return attend()",
-        "pass",
-        NO_GRAPH,
     ),
     (
         "flash_attention_with_scores/huggingface/masks.py",
@@ -218,7 +284,7 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
     ),
     (
         "stage4_backward/launch.py",
-        "backward",
+        "_recompute",
         "results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]",
         "results = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]",
         ON_A_CPU,

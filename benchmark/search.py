@@ -15,6 +15,7 @@ from benchmark.cases import FORWARD_SHAPES, SHARED_MEMORY_LIMIT, Shape
 from benchmark.measure import failure, median_ms
 from benchmark.oracle import output_is_right
 from benchmark.record import TimeLimit, within
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward import launch
 from stage2_triton_forward.tile_config import TileConfig, choose
 
@@ -97,15 +98,16 @@ def search_rows(
                     pruned.append({"head_dim": shape.head_dim, "mask": mask, "config": list(config), "reason": reason})
             say(f"compiled {len(configs)} configs for D = {shape.head_dim}, {len(pruned)} pruned so far")
         q, k, v = shape.tensors(dtype, device=device)
+        setting = Setting(shape.causal)
         for config, needs in resources[variant].items():
             if reason_to_prune(needs, shared_limit) or limit.reached():
                 continue
             row = {"shape": str(shape), "config": list(config)}
             try:
                 with choose(forward=config):
-                    output, _ = launch.forward(q, k, v, shape.causal)
+                    output, _ = launch.forward(q, k, v, setting)
                     right = output_is_right(output, q, k, v, shape.causal)
-                    ms = measure(lambda q=q, k=k, v=v, c=shape.causal: launch.forward(q, k, v, c), 10, 40)
+                    ms = measure(lambda q=q, k=k, v=v, s=setting: launch.forward(q, k, v, s), 10, 40)
             except Exception as error:
                 pruned.append(row | {"reason": failure(error)})
                 continue

@@ -7,6 +7,7 @@ import torch
 from benchmark.cases import QWEN3_HEADS, Shape
 from benchmark.measure import captured, side_by_side, spread
 from course.grader import max_error
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.hook import in_order, make_hook
 from stage2_triton_forward.launch import forward
 from stage3_scores_and_sums import hooks, launch
@@ -24,10 +25,10 @@ def contention_rows(lengths: tuple[int, ...] = (2048, 8192), dtype: torch.dtype 
             def attend(order, sums=sums, qkv=(q, k, v), causal=causal, n=n, group=group):
                 args = hooks.ColSum(sums, group, 0, n)
                 hook = make_hook(args, order=order, on_logits=hooks.add_col_sum_atomic)
-                return forward(*qkv, causal, hook=hook)
+                return forward(*qkv, Setting(causal), hook=hook)
 
             calls = {
-                "no sums": lambda qkv=(q, k, v), causal=causal: forward(*qkv, causal),
+                "no sums": lambda qkv=(q, k, v), causal=causal: forward(*qkv, Setting(causal)),
                 "in order": lambda attend=attend: attend(in_order),
                 "reverse": lambda attend=attend: attend(hooks.reversed_order),
                 "round robin": lambda attend=attend: attend(hooks.round_robin),
@@ -50,13 +51,14 @@ def accuracy_rows(n: int = 65536, head_dim: int = 128, block: int = 4096) -> Ite
             scores = scores.float()
             plain["row"][start : start + block] = scores.sum(1)
             plain["column"] += scores.sum(0)
+        setting = Setting(causal=True)
         with_rows, with_columns = launch.attention_with_row_sum, launch.attention_with_col_sum
         results = {
-            ("row", "linear"): linear_row_sum(q, k, True),
-            ("row", "kahan"): with_rows(q, k, v, True, algorithm="kahan")[2],
+            ("row", "linear"): linear_row_sum(q, k, setting),
+            ("row", "kahan"): with_rows(q, k, v, setting, algorithm="kahan")[2],
             ("row", "dense scores in fp32, torch.sum"): plain["row"],
-            ("column", "linear"): linear_col_sum(q, k, True),
-            ("column", "atomic_reverse"): with_columns(q, k, v, True, algorithm="atomic_reverse")[2],
+            ("column", "linear"): linear_col_sum(q, k, setting),
+            ("column", "atomic_reverse"): with_columns(q, k, v, setting, algorithm="atomic_reverse")[2],
             ("column", "dense scores in fp32, torch.sum"): plain["column"],
         }
         for (name, algorithm), actual in results.items():

@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 from benchmark.measure import n_bytes
 from benchmark.oracle import GradientOracle, StatisticsOracle
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 from stage2_triton_forward.tile_config import TileConfig
 
 COLUMNS = ("operator", "stage", "read", "written", "least", "ratio", "right", "status", "kernels")
@@ -132,34 +133,37 @@ def operators(impl: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Operator]
     def agrees(*fields):
         return lambda results: all(map(oracle.agrees, fields, results))
 
-    attend, qkv = (q, k, v, True), (q, k, v)
+    qkv, setting = (q, k, v), Setting(causal=True)
+    attend = (*qkv, setting)
     fused = partial(stage3.attention_with_col_sum, *attend)
     forward = agrees("output", "lse")
     return {
-        "simple kernel": Operator(2, lambda: stage2.simple_forward(*attend), qkv, forward),
+        "simple kernel": Operator(2, lambda: stage2.simple_forward(*qkv, True), qkv, forward),
         "forward loop": Operator(2, lambda: stage2.forward(*attend), qkv, forward),
         "forward loop, 2 splits": Operator(2, lambda: split_kv.attention_forward(*attend, n_splits=2), qkv, forward),
         "scores and output": Operator(
             3, lambda: stage3.attention_with_scores(*attend), qkv, agrees("output", "lse", "scores")
         ),
-        "scores alone": Operator(3, lambda: (stage3.compute_attention_scores(q, k, True),), (q, k), agrees("scores")),
-        "row sum, linear": Operator(3, lambda: (linear.linear_row_sum(q, k, True),), (q, k), agrees("row_sum")),
+        "scores alone": Operator(
+            3, lambda: (stage3.compute_attention_scores(q, k, setting),), (q, k), agrees("scores")
+        ),
+        "row sum, linear": Operator(3, lambda: (linear.linear_row_sum(q, k, setting),), (q, k), agrees("row_sum")),
         "row sum, Kahan": Operator(
             3,
             lambda: stage3.attention_with_row_sum(*attend, algorithm="kahan"),
             qkv,
             agrees("output", "lse", "row_sum"),
         ),
-        "column sum, linear": Operator(3, lambda: (linear.linear_col_sum(q, k, True),), (q, k), agrees("col_sum")),
+        "column sum, linear": Operator(3, lambda: (linear.linear_col_sum(q, k, setting),), (q, k), agrees("col_sum")),
         "column sum, atomic reverse": Operator(
             3, lambda: fused(algorithm="atomic_reverse"), qkv, agrees("output", "lse", "col_sum")
         ),
         "softmax column sum": Operator(
-            3, lambda: (column_sums.softmax_col_sum(q, k, lse, True),), (q, k, lse), agrees("softmax_col_sum")
+            3, lambda: (column_sums.softmax_col_sum(q, k, lse, setting),), (q, k, lse), agrees("softmax_col_sum")
         ),
         "backward": Operator(
             4,
-            lambda: stage4.backward(*attend[:3], output, lse, Gradients(grad_output), True)[:3],
+            lambda: stage4.backward(*qkv, output, lse, Gradients(grad_output), setting)[:3],
             (*qkv, output, grad_output, lse),
             lambda results: grads.agrees(output, results),
         ),

@@ -138,9 +138,9 @@ MISTAKES = [
     ),
     Mistake(
         "causal_ignored",
-        LOOP,
-        "min(right, 0) if causal else right",
-        "right",
+        "stage1_pytorch_tiled/visibility.py",
+        "    if causal:\n",
+        "    if False:\n",
         TILED + "test_matches_oracle[b2-h2k2-m16n16-d32-causal]",
         "is_causal has to reach the mask.",
     ),
@@ -155,7 +155,7 @@ MISTAKES = [
     Mistake(
         "padding_ignored",
         LOOP,
-        "if self.key_padding_mask is not None:",
+        "if self.setting.key_padding_mask is not None:",
         "if False:",
         TILED + "test_key_padding",
         "Padded keys must get a logit of -inf.",
@@ -179,8 +179,8 @@ MISTAKES = [
     Mistake(
         "whole_matrix_in_memory",
         LOOP,
-        "        self.left, self.right = window_bounds(causal, window)\n",
-        "        self.left, self.right = window_bounds(causal, window)\n        self.logits = self.q @ self.k.mT\n",
+        "        self.n_q, self.n_k = q.shape[2], k.shape[2]\n",
+        "        self.n_q, self.n_k = q.shape[2], k.shape[2]\n        self.logits = self.q @ self.k.mT\n",
         TILED + "test_never_makes_the_matrix",
         "The right answer with an M×N tensor is attention, but it is not flash attention.",
     ),
@@ -267,8 +267,8 @@ MISTAKES = [
     Mistake(
         "kernel_drops_the_tail",
         "stage2_triton_forward/launch.py",
-        "HAS_TAIL=mask.HAS_RIGHT.value or n_k % config.block_n != 0,",
-        "HAS_TAIL=mask.HAS_RIGHT.value,",
+        "HAS_TAIL=right is not None or n_k % config.block_n != 0,",
+        "HAS_TAIL=right is not None,",
         FORWARD + "test_matches_oracle[b2-h3k3-m50n77-d7-full-forward]",
         "Keys that do not fill a tile still count.",
     ),
@@ -491,7 +491,7 @@ MISTAKES = [
     Mistake(
         "softcap_ignored_in_the_second_walk",
         LAUNCH,
-        'describe_logits(1.0, softcap, "ieee")',
+        'describe_logits(1.0, setting.softcap, "ieee")',
         'describe_logits(1.0, None, "ieee")',
         REDUCTION + "test_rows[softcap-M < N]",
         "Scores are kept before the softcap, weights come after it.",
@@ -539,7 +539,7 @@ MISTAKES = [
     Mistake(
         "softcap_not_differentiated",
         RECOMPUTE,
-        "grad_logits = grad_logits * (1 - torch.tanh(tile.scores / softcap) ** 2)",
+        "grad_logits = grad_logits * (1 - torch.tanh(tile.scores / setting.softcap) ** 2)",
         "grad_logits = grad_logits * 1",
         RECOMPUTED + "test_features[softcap-self]",
         "d/dx c·tanh(x/c) = 1 - tanh²(x/c): a capped logit passes on less.",
@@ -555,8 +555,8 @@ MISTAKES = [
     Mistake(
         "backward_forgets_is_causal",
         "stage4_backward/autograd.py",
-        "Gradients(output=grad_output), ctx.is_causal)",
-        "Gradients(output=grad_output), False)",
+        "Gradients(output=grad_output), Setting(causal=ctx.is_causal))",
+        "Gradients(output=grad_output), Setting())",
         AUTOGRAD + "test_output_and_gradients[FlashAttentionPyTorchFunc-b1-h4k2-m21n90-d16-causal-True]",
         "What the backward pass recomputes must be masked as the forward pass was.",
     ),

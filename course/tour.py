@@ -170,7 +170,9 @@ def draw(layers: list, layer: int, head: int, text: str, out: Path) -> dict[Path
     where = f"layer {layer}, head {head}"
     visits = []
     q, k, v = (x[:, :1] for x in layers[layer])
-    tiled_attention(q, k, v, Setting(causal=True), on_logits=lambda tile: visits.append((tile.q_rows.start, tile.k_cols.start)))
+    tiled_attention(
+        q, k, v, Setting(causal=True), on_logits=lambda tile: visits.append((tile.q_rows.start, tile.k_cols.start))
+    )
     figures = {
         "scores.png": (
             plot_scores(chosen.scores[0, head], tokens, title=f"Scores (scaled QKᵀ), {where}"),

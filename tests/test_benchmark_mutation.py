@@ -74,7 +74,7 @@ def test_an_argument_goes_with_its_comma():
 
 
 def test_a_sample_depends_on_its_seed_only():
-    files = ["stage4_backward/linear_grad_kernel.py", "flash_attention_with_scores/problem.py"]
+    files = ["stage4_backward/linear_grad_kernel.py", "flash_attention_with_scores/validation.py"]
     first = mutation.sampled(files, 20, 3)
     assert len(first) == len(set(first)) == 20
     assert first == mutation.sampled(files, 20, 3) != mutation.sampled(files, 20, 4)

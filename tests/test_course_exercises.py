@@ -28,10 +28,10 @@ SKELETONS = {f"{n}-{file.stem}": file for n, folder in STAGES.items() for file i
 GIVEN = {"1": {"philox"}}  # modules of a stage's reference that its exercises may import: no task lies there
 # Modules that an exercise package finds in its stage's folder, and runs as its own: they import the learner's files.
 FOUND_IN_STAGE = {
-    "1": {"dense", "philox", "second_pass"},
-    "2": {"hook", "interpreter", "launch", "ops", "quick_interpreter", "split_kv", "tile_config"},
-    "3": {"column_sums", "launch", "linear_sums", "ops", "tile_config"},
-    "4": {"gradients", "hooks", "launch", "linear_grads", "ops", "tile_config"},
+    "1": {"dense", "philox", "second_pass", "setting", "visibility"},
+    "2": {"describe", "hook", "interpreter", "launch", "launcher", "quick_interpreter", "split_kv", "tile_config"},
+    "3": {"column_sums", "launch", "linear_sums", "tile_config"},
+    "4": {"differentiable", "gradients", "hooks", "launch", "linear_grads", "operators", "statistics", "tile_config"},
 }
 SEARCHES_STAGE = {"from pathlib import Path", "__path__.append(str(Path(__file__).parent.parent))"}
 PLACEHOLDER = re.compile(

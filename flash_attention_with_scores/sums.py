@@ -17,7 +17,7 @@ from .problem import checked_problem
 from .validation import check_buffer, check_choice, check_flag, check_split
 from .workspace import buffer
 
-ROW_SUM_ALGORITHMS = ("linear", "kahan")
+ROW_SUM_ALGORITHMS = ("auto", "linear", "kahan")
 COL_SUM_ALGORITHMS = ("linear", "atomic_reverse", "atomic_round_robin")
 
 
@@ -29,7 +29,7 @@ def attention_with_row_sum(
     sm_scale: float | None = None,
     dropout_p: float = 0.0,
     *,
-    algorithm: str = "linear",
+    algorithm: str = "auto",
     window: Window = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -41,7 +41,8 @@ def attention_with_row_sum(
 
     Args:
         algorithm: "linear" adds up the keys before it multiplies, in O(N·D); "kahan" adds up scores inside of the
-            attention loop, with compensated summation. The PyTorch backend has one algorithm, its loop.
+            attention loop, with compensated summation; "auto" takes the faster one for the lengths given. The PyTorch
+            backend has one algorithm, its loop.
         others: see the module.
 
     Returns:

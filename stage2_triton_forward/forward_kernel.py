@@ -110,7 +110,7 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    place = Place(batch, head, batch_head, q_start, q_idx, loop.mask.n_q, loop.mask.offset, hook_desc)
+    place = Place(batch, head, batch_head, q_start, q_idx, q_tile, loop.mask.n_q, loop.mask.offset, hook_desc)
     carry = hook.START(hook.args, place)
     parts = ((begin, tl.minimum(whole_begin, stop)), (whole_begin, whole_stop), (whole_stop, stop))
     EXISTS: tl.constexpr = (loop.mask.HAS_LEFT, True, HAS_TAIL)
@@ -118,7 +118,7 @@ def forward_kernel(
         if EXISTS[PART]:
             state, carry = attend_keys(
                 state, carry, parts[PART][0], parts[PART][1], PART != 1,
-                q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT,
+                scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT,
             )  # fmt: skip
 
     lse_log2 = state.row_max
@@ -145,7 +145,7 @@ def forward_kernel(
 @triton.jit
 def attend_keys(
     state, carry, begin, stop, MASKED: tl.constexpr,
-    q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT: tl.constexpr,
+    scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
     BLOCK_N: tl.constexpr = loop.tiles.BLOCK_N
@@ -155,7 +155,7 @@ def attend_keys(
         k_start = tl.multiple_of(k_start, BLOCK_N)
         k_idx = k_start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k_desc, place.batch, kv_head, k_start, BLOCK_N, loop.tiles.BLOCK_D)
-        logits = dot(q_tile, k_tile.T, None, loop.to_logits.FP32_PRECISION)  # S = Q·Kᵀ, unscaled, [BLOCK_M, BLOCK_N]
+        logits = dot(place.q_tile, k_tile.T, None, loop.to_logits.FP32_PRECISION)  # S = Q·Kᵀ, unscaled
         in_rows = (place.q_idx < loop.mask.n_q)[:, None]
         if MASKED or loop.mask.HAS_PADDING:
             visible = visible_tile(loop.mask, place.batch, place.q_idx, k_idx)

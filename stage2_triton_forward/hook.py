@@ -15,6 +15,7 @@ class Place(NamedTuple):
     batch_head: int  # batch·Hq + head
     q_start: int
     q_idx: tl.tensor  # [BLOCK_M], positions from q_start on; the last may lie past the last query
+    q_tile: tl.tensor  # [BLOCK_M, BLOCK_D], 0 past the last query; with the sign of the scale
     n_q: int
     offset: int  # query i stands at key i + offset
     hook_desc: tl.tensor_descriptor  # of `hook_tensor`: the kernel's arguments cannot hold one within a tuple

@@ -23,7 +23,7 @@ from .hook import PLAIN, Hook
 from .launcher import launch
 from .quick_interpreter import quicken
 from .simple_kernel import simple_forward_kernel
-from .tile_config import cdiv, forward_config, heads_together, simple_config
+from .tile_config import TileConfig, cdiv, forward_config, heads_together, simple_config
 
 if triton.knobs.runtime.interpret:
     quicken()
@@ -121,11 +121,8 @@ def forward(
         return output.zero_(), lse.fill_(-math.inf)
 
     left, right = visible_sides(setting.causal, setting.window)
-    guarded = left is not None or setting.key_padding_mask is not None or setting.softcap is not None
     storing = hook_tensor is not None
-    config = forward_config(
-        q, head_dim_v, guarded or hook is not PLAIN, setting.dropout_p > 0, storing and compute_output
-    )
+    config = config_of(q, v, setting, hook, storing and compute_output)
     rows_differ = left is not None or right is not None
     block_dv = padded_head_dim(head_dim_v, q.dtype)
     flat_output = output.view(-1, n_heads, n_q, head_dim_v) if splits else output
@@ -157,3 +154,16 @@ def forward(
     if aligned_output is not flat_output:
         flat_output.copy_(aligned_output)
     return output, lse
+
+
+def config_of(q: Tensor, v: Tensor, setting: Setting, hook: Hook = PLAIN, storing: bool = False) -> TileConfig:
+    """Return the config that the forward loop takes for a call.
+
+    Args:
+        q, v, setting, hook: the call's.
+        storing: whether the hook stores every tile of logits, beside an output.
+    """
+    left, _ = visible_sides(setting.causal, setting.window)
+    at_every_tile = hook.ON_LOGITS is not PLAIN.ON_LOGITS or hook.ON_WEIGHTS is not PLAIN.ON_WEIGHTS
+    guarded = left is not None or setting.key_padding_mask is not None or setting.softcap is not None or at_every_tile
+    return forward_config(q, v.shape[3], guarded, setting.dropout_p > 0, storing)

@@ -64,7 +64,7 @@ _seen: set[Hashable] = set()
 
 
 def replayed(function: Callable[P, R]) -> Callable[P, R]:
-    """Replay calls of a function of tensors, numbers and Settings, the first being q, that returns a tuple of tensors."""
+    """Replay calls of a function of q, other tensors, numbers and Settings that returns a tuple of tensors."""
 
     @functools.wraps(function)
     def call(*args: P.args, **own: P.kwargs) -> R:

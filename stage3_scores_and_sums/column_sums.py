@@ -8,11 +8,12 @@ from stage1_pytorch_tiled.setting import FULL, Setting
 from stage1_pytorch_tiled.visibility import visible_sides
 from stage2_triton_forward.describe import describe_loop, descriptor, readable, signed
 from stage2_triton_forward.launcher import launch
+from stage2_triton_forward.split_kv import one_query
 from stage2_triton_forward.tile_config import cdiv
 
 from .column_sum_kernel import Region, column_sum_kernel
 from .hooks import add_weights
-from .tile_config import column_sum_config
+from .tile_config import column_sum_config, heads_of_a_program
 
 
 def softmax_col_sum(
@@ -35,6 +36,11 @@ def softmax_col_sum(
     Returns:
         [B, Hk, k_stop] fp32, or [B, Hq, k_stop] with per_query_head.
     """
+    left, _ = visible_sides(setting.causal, setting.window)
+    is_whole = q.shape[2] == 1 and q_begin == 0 and q_stop in (1, None) and left is None
+    if is_whole and stored is None and not per_query_head:
+        q, k, _, setting, _ = one_query(q, k, k, setting)  # the heads of a group are the rows of a tile
+        lse, q_stop = lse.view(q.shape[:3]), q.shape[2]
     region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop, "per_query_head": per_query_head}
     return fold_columns(q, k, lse, setting, add_weights, 0.0, **region, additive=True, stored=stored, out=out)
 
@@ -77,7 +83,11 @@ def fold_columns(
     q_stop, k_stop = n_q if q_stop is None else q_stop, n_k if k_stop is None else k_stop
     config = column_sum_config(q)
     n_tiles = cdiv(k_stop, config.block_n)
-    heads = 1 if per_query_head or additive else group  # more programs balance better than they cost to add up
+    heads = 1 if per_query_head else group
+    if additive:
+        heads = min(
+            heads, heads_of_a_program(group, batch * n_kv_heads * n_tiles, cdiv(q_stop - q_begin, config.block_m))
+        )
     shape = (batch, n_heads if per_query_head else n_kv_heads, k_stop)
     out = q.new_empty(shape, dtype=torch.float32) if out is None else out
     if out.numel() == 0 or q_begin >= q_stop:

@@ -133,6 +133,25 @@ def store_row_sum(args, carry, state, lse_log2, begin, stop, place):
 ROW_SUM = make_hook(start=start_row_sum, on_logits=add_row_sum, finish=store_row_sum)
 
 
+class QuerySums(NamedTuple):
+    """The args of `QUERY_SUMS`."""
+
+    sums_ptr: tl.tensor  # [B·Hq, query tiles, BLOCK_D] fp32
+
+
+@triton.jit
+def store_query_sums(args, place):
+    """START: the sum of a tile's queries, which column sums are made of; args: QuerySums."""
+    BLOCK_M: tl.constexpr = place.q_tile.shape[0]
+    BLOCK_D: tl.constexpr = place.q_tile.shape[1]
+    row = place.batch_head.to(tl.int64) * tl.cdiv(place.n_q, BLOCK_M) + place.q_start // BLOCK_M
+    tl.store(args.sums_ptr + row * BLOCK_D + tl.arange(0, BLOCK_D), tl.sum(place.q_tile.to(tl.float32), 0))
+    return ()
+
+
+QUERY_SUMS = make_hook(start=store_query_sums)
+
+
 class ColSum(NamedTuple):
     """The args of `COL_SUM_ATOMIC_…`: the sums over the queries from q_begin on."""
 

@@ -12,16 +12,18 @@ import triton
 from torch import Tensor
 
 from stage1_pytorch_tiled.setting import FULL, Setting
-from stage2_triton_forward.describe import describable, describe_logits, readable
+from stage2_triton_forward.describe import describable, describe_logits, padded_head_dim, readable, signed
 from stage2_triton_forward.hook import constant
-from stage2_triton_forward.launch import forward
+from stage2_triton_forward.launch import config_of, forward
 from stage2_triton_forward.replay import replayed
 from stage2_triton_forward.split_kv import attention_forward
+from stage2_triton_forward.tile_config import cdiv
 
 from . import hooks
 from .column_sums import softmax_col_sum
-from .hooks import ColSum, RowFold, RowSum, Scores, Stats
+from .hooks import ColSum, QuerySums, RowFold, RowSum, Scores, Stats
 from .linear_sums import linear_col_sum, linear_row_sum
+from .tile_config import has_few_queries, row_sum_algorithm
 
 
 @replayed
@@ -69,7 +71,7 @@ def attention_with_row_sum(
     v: Tensor,
     setting: Setting = FULL,
     *,
-    algorithm: str = "linear",
+    algorithm: str = "auto",
     row_sum: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -77,10 +79,13 @@ def attention_with_row_sum(
     """Return output, lse and raw row sums [B, Hq, M] fp32.
 
     Args:
-        algorithm: "linear" (in O(N·D), beside the loop) or "kahan" (in the loop, with compensated summation).
+        algorithm: "linear" (in O(N·D), beside the loop), "kahan" (in the loop, with compensated summation), or "auto",
+            the faster one for these lengths.
         row_sum: [B, Hq, M] fp32, where to.
     """
     row_sum = q.new_empty(q.shape[:3], dtype=torch.float32) if row_sum is None else row_sum
+    if algorithm == "auto":
+        algorithm = row_sum_algorithm(q.shape[2], k.shape[2])
     if algorithm == "linear":
         attend = partial(attention_forward, q, k, v, setting, out=out, lse=lse)
         return _side_by_side(attend, partial(linear_row_sum, q, k, setting, out=row_sum), row_sum)
@@ -111,15 +116,28 @@ def attention_with_col_sum(
     """
     k_stop = k.shape[2] if k_stop is None else k_stop
     col_sum = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if col_sum is None else col_sum
+    region = {"q_begin": q_begin, "k_stop": k_stop}
+    if algorithm == "linear" and has_few_queries(q, k):
+        return *_attend_and_sum_columns(q, k, v, setting, **region, col_sum=col_sum, out=out, lse=lse), col_sum
     if algorithm == "linear":
         attend = partial(attention_forward, q, k, v, setting, out=out, lse=lse)
-        add_up = partial(linear_col_sum, q, k, setting, q_begin=q_begin, k_stop=k_stop, out=col_sum)
-        return _side_by_side(attend, add_up, col_sum)
+        return _side_by_side(attend, partial(linear_col_sum, q, k, setting, **region, out=col_sum), col_sum)
     backwards = setting.causal and algorithm == "atomic_reverse"
     hook = hooks.COL_SUM_ATOMIC_REVERSE if backwards else hooks.COL_SUM_ATOMIC_ROUND_ROBIN
     args = ColSum(col_sum.zero_(), q.shape[1] // k.shape[1], q_begin, k_stop)
     output, lse = forward(q, k, v, setting, hook=hook.given(args), out=out, lse=lse)
     return output, lse, col_sum
+
+
+def _attend_and_sum_columns(q, k, v, setting, *, q_begin, k_stop, col_sum, out, lse) -> tuple[Tensor, Tensor]:
+    """Attend with a loop that leaves the sums of its tiles of queries, and make the column sums of these."""
+    q, setting = signed(q, setting), setting._replace(sm_scale=abs(setting.scale(q.shape[3])))
+    tile = config_of(q, v, setting, hooks.QUERY_SUMS).block_m
+    shape = (*q.shape[:2], cdiv(q.shape[2], tile), padded_head_dim(q.shape[3], q.dtype))
+    sums = q.new_empty(shape, dtype=torch.float32)
+    output, lse = forward(q, k, v, setting, hook=hooks.QUERY_SUMS.given(QuerySums(sums)), out=out, lse=lse)
+    linear_col_sum(q, k, setting, q_begin=q_begin, k_stop=k_stop, tile_sums=(sums, tile), out=col_sum)
+    return output, lse
 
 
 @replayed

@@ -39,6 +39,7 @@ class Ends(NamedTuple):
     right_chunks: int
     HAS_LEFT: tl.constexpr
     HAS_RIGHT: tl.constexpr
+    TILE: tl.constexpr  # not 0: to_left_ptr [B, Hy, left_chunks, BLOCK_D] fp32 holds the sums of tiles of so many rows
 
 
 @triton.jit
@@ -103,7 +104,10 @@ def interval_sum_kernel(
     x_idx = x_start + tl.arange(0, CHUNK)
     sums = tl.program_id(1)
     batch = sums // N_SUMS
-    between = between_ends(ends, rows, sums, x_start)
+    if ends.TILE > 0:
+        between = between_from_tiles(ends, rows, y_desc, sums, x_start, N_SUMS, Y_HEADS, ends.TILE)
+    else:
+        between = between_ends(ends, rows, sums, x_start)
     counts_x = x_idx < n_out
     at_ends = tl.zeros([CHUNK, CHUNK], tl.float32)
     for step in tl.range(0, X_GROUP * Y_HEADS):  # queries have a group of heads, keys one
@@ -136,6 +140,45 @@ def between_ends(ends, rows, sums, x_start):
         n_before = (x_start + ends.left - ends.left_first) // CHUNK
         between -= prefix(ends.to_left_ptr, sums, n_before, ends.left_chunks, rows.BLOCK_D)
     return between.to(tl.float32)
+
+
+@triton.jit
+def between_from_tiles(
+    ends, rows, y_desc, sums, x_start, N_SUMS: tl.constexpr, Y_HEADS: tl.constexpr, TILE: tl.constexpr
+):
+    """Return what `between_ends` does, from the sums of whole tiles and the rows that are left at either end."""
+    start = rows.y_begin
+    stop = rows.y_stop
+    if ends.HAS_LEFT:
+        start = tl.minimum(tl.maximum(x_start + ends.left, rows.y_begin), rows.y_stop)
+    if ends.HAS_RIGHT:
+        stop = tl.minimum(tl.maximum(x_start + ends.right, rows.y_begin), rows.y_stop)
+    first_tile = tl.cdiv(start, TILE)
+    last_tile = stop // TILE
+    head_edge = tl.minimum(first_tile * TILE, stop)
+    tail_edge = tl.maximum(last_tile * TILE, head_edge)
+    between = tl.zeros([rows.BLOCK_D], tl.float64)
+    for head in range(sums % N_SUMS * Y_HEADS, sums % N_SUMS * Y_HEADS + Y_HEADS):
+        head_row = ((sums // N_SUMS * N_SUMS * Y_HEADS + head) * ends.left_chunks).to(tl.int64)
+        for tile in range(first_tile, last_tile, 16):
+            t_idx = tile + tl.arange(0, 16)
+            cells = ends.to_left_ptr + (head_row + t_idx)[:, None] * rows.BLOCK_D + tl.arange(0, rows.BLOCK_D)[None, :]
+            between += tl.sum(tl.load(cells, mask=(t_idx < last_tile)[:, None], other=0.0).to(tl.float64), 0)
+        between += sum_of_rows(y_desc, rows, sums // N_SUMS, head, start, head_edge)
+        between += sum_of_rows(y_desc, rows, sums // N_SUMS, head, tail_edge, stop)
+    return between.to(tl.float32)
+
+
+@triton.jit
+def sum_of_rows(y_desc, rows, batch, head, start, stop):
+    """Return the sum of the rows of y from `start` to `stop`, [BLOCK_D] fp64."""
+    CHUNK: tl.constexpr = rows.CHUNK
+    total = tl.zeros([rows.BLOCK_D], tl.float64)
+    for y_start in range(start, stop, CHUNK):
+        counts = y_start + tl.arange(0, CHUNK) < stop
+        y_tile = load_tile(y_desc, batch, head, y_start, CHUNK, rows.BLOCK_D).to(tl.float32)
+        total += tl.sum(tl.where(counts[:, None], y_tile, 0.0), 0).to(tl.float64)
+    return total
 
 
 @triton.jit

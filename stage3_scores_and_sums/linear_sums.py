@@ -39,11 +39,16 @@ def linear_col_sum(
     *,
     q_begin: int = 0,
     k_stop: int | None = None,
+    tile_sums: tuple[Tensor, int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Return Σ_i s·q_i·k_j = s·(Σ_i q_i)·k_j over the queries i >= q_begin, of all heads of k's group, that see key j.
 
-    Args: as in `linear_row_sum`; q_begin and k_stop cut out the region of a cross-token sum.
+    Args:
+        q, k, setting, out: as in `linear_row_sum`.
+        q_begin, k_stop: cut out the region of a cross-token sum.
+        tile_sums: [B, Hq, query tiles, BLOCK_D] fp32, the sums of so many queries each, where the forward pass has left
+            them (see `hooks.QUERY_SUMS`); None sums the queries up.
 
     Returns:
         [B, Hk, k_stop] fp32.
@@ -52,7 +57,7 @@ def linear_col_sum(
     ends = query_ends(mask_sides(n_q, n_k, setting.causal, setting.window))
     k_stop = n_k if k_stop is None else k_stop
     out = q.new_empty(*k.shape[:2], k_stop, dtype=torch.float32) if out is None else out
-    return _interval_sums(k, q, ends, (q_begin, n_q), setting, True, out)
+    return _interval_sums(k, q, ends, (q_begin, n_q), setting, True, out, tile_sums)
 
 
 def key_ends(sides: Sides) -> tuple[int | None, int | None]:
@@ -84,8 +89,12 @@ def summed_chunks(
     counted: tuple[int, int],
     key_padding_mask: Tensor | None,
     x_is_keys: bool,
+    tile_sums: tuple[Tensor, int] | None = None,
 ) -> Chunks:
-    """Sum y in chunks, for intervals i + ends[0] <= t < i + ends[1] of y for row i of x, t within `counted`."""
+    """Sum y in chunks, for intervals i + ends[0] <= t < i + ends[1] of y for row i of x, t within `counted`.
+
+    With `tile_sums`, of y, nothing is left to be summed.
+    """
     n_sums = min(x.shape[1], y.shape[1])
     config = linear_sum_config(y)
     padded = key_padding_mask is not None
@@ -97,30 +106,36 @@ def summed_chunks(
     y_desc = descriptor(y, config.chunk)
     left, right = ends
     no_left, no_right = left is None, right is None
+    bounds = (left or 0, right or 0)
+    if tile_sums is not None:
+        sums, tile = tile_sums
+        constants = (not no_left, not no_right, tile)
+        return Chunks(
+            y_desc, rows, Ends(sums, None, *bounds, 0, 0, sums.shape[2], 0, *map(constant, constants)), n_sums, config
+        )
     to_right = None if no_right else _prefix_sums(y, y_desc, rows, right, n_sums, config)
     to_left = to_right if no_left and not no_right else _prefix_sums(y, y_desc, rows, left or 0, n_sums, config)
     (left_sums, left_first), (right_sums, right_first) = to_left, to_right or to_left
     ends = Ends(
         left_sums,
         right_sums,
-        left or 0,
-        right or 0,
+        *bounds,
         left_first,
         right_first,
         left_sums.shape[2],
         right_sums.shape[2],
-        *map(constant, (not no_left, not no_right)),
+        *map(constant, (not no_left, not no_right, 0)),
     )
     return Chunks(y_desc, rows, ends, n_sums, config)
 
 
-def _interval_sums(x, y, ends, counted, setting, x_is_keys, out):
+def _interval_sums(x, y, ends, counted, setting, x_is_keys, out, tile_sums=None):
     """Fill out [B, Hx, n] with scale·x_i·Σ y_t over i + ends[0] <= t < i + ends[1], t within `counted`."""
     if out.numel() == 0:
         return out
     if counted[0] >= counted[1] or y.numel() == 0:
         return out.zero_()
-    chunks = summed_chunks(x, y, ends, counted, setting.key_padding_mask, x_is_keys)
+    chunks = summed_chunks(x, y, ends, counted, setting.key_padding_mask, x_is_keys, tile_sums)
     config, n_sums = chunks.config, chunks.n_sums
     launch(
         interval_sum_kernel,
@@ -145,7 +160,7 @@ def _prefix_sums(y, y_desc, rows, end, n_sums, config):
     first = -(-end % config.chunk)  # in (-chunk, 0], a whole number of chunks away from `end`
     n_chunks = cdiv(y.shape[2] - first, config.chunk)
     block_d = rows.BLOCK_D.value
-    sums = torch.empty(y.shape[0], n_sums, n_chunks, block_d, dtype=torch.float64, device=y.device)
+    sums = y.new_empty(y.shape[0], n_sums, n_chunks, block_d, dtype=torch.float64)
     heads = y.shape[0] * n_sums
     of_heads = {"N_SUMS": n_sums, "Y_HEADS": y.shape[1] // n_sums}
     launch(chunk_sum_kernel, (n_chunks, heads), config, y_desc, sums, rows, first, **of_heads)

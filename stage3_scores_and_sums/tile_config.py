@@ -5,7 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, of_width
+from stage2_triton_forward.tile_config import TileConfig, architecture, cdiv, chosen, of_width, split_count
+
+_FEW = 4096  # rows: up to here a call is bound by its launches
+_SHORT_WALK, _LONG_WALK = 32, 128  # tiles
+_MANY = 128  # programs
 
 
 class LinearSumConfig(NamedTuple):
@@ -58,3 +62,29 @@ def linear_sum_config(x: Tensor) -> LinearSumConfig:
 def prefix_sum_config() -> PrefixSumConfig:
     """Return the config of the prefix sums."""
     return PrefixSumConfig(width=16, num_warps=4, num_stages=3)
+
+
+def row_sum_algorithm(n_q: int, n_k: int) -> str:
+    """Return how to sum rows of raw scores: in one launch, whose loop also sums, or in launches beside a plain loop."""
+    return "kahan" if max(n_q, n_k) <= _FEW else "linear"
+
+
+def has_few_queries(q: Tensor, k: Tensor) -> bool:
+    """Return whether column sums are made of what the forward loop has summed: more launches would cost more."""
+    batch, n_heads, n_q, _ = q.shape
+    is_split = split_count(batch * n_heads * cdiv(max(n_q, 1), 64), k.shape[2], q.device) > 1
+    return 1 < n_q <= _FEW and k.shape[2] > 0 and not is_split
+
+
+def heads_of_a_program(group: int, n_programs: int, n_steps: int) -> int:
+    """Return how many heads of a group a program of the column sums walks one after the other.
+
+    Args:
+        group: query heads to a key head.
+        n_programs: if each walks a whole group.
+        n_steps: tiles of one head.
+
+    Returns:
+        group, or 1: each head has programs of its own, which balance better, and their sums are to be added up.
+    """
+    return group if group * n_steps <= _SHORT_WALK or (n_programs >= _MANY and group * n_steps <= _LONG_WALK) else 1

@@ -51,7 +51,8 @@ def flat(setting: Setting) -> tuple:
 def whole(arguments: tuple) -> Setting:
     """Return the setting that `flat` took apart."""
     causal, sm_scale, dropout_p, seed, left, right, *rest = arguments
-    return Setting(causal, sm_scale, dropout_p, seed, (left, right), *rest)
+    window = None if left is None and right is None else (left, right)
+    return Setting(causal, sm_scale, dropout_p, seed, window, *rest)
 
 
 def _register(name: str, schema: str, run: Callable, shapes: Callable):

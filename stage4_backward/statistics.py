@@ -39,7 +39,7 @@ class Statistic(NamedTuple):
 PLAIN = Statistic("attention", {}, ())
 SCORES = Statistic("attention_with_scores", {}, (Result("scores", _of_scores, "scores", is_wide=False),))
 ROW_SUM = Statistic(
-    "attention_with_row_sum", {"algorithm": ("str", "linear")}, (Result("row_sum", _of_queries, "row_sum"),)
+    "attention_with_row_sum", {"algorithm": ("str", "auto")}, (Result("row_sum", _of_queries, "row_sum"),)
 )
 COL_SUM = Statistic(
     "attention_with_col_sum",

@@ -458,7 +458,7 @@ BAD = {
     "row sum by atomics": (
         attention_with_row_sum,
         ValueError,
-        r"algorithm must be one of \('linear', 'kahan'\), got 'atomic_reverse'",
+        r"algorithm must be one of \('auto', 'linear', 'kahan'\), got 'atomic_reverse'",
         good(algorithm="atomic_reverse"),
     ),
     "column sum by Kahan": (

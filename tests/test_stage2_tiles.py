@@ -155,8 +155,8 @@ def loop_kernel(
     )
     state, _ = ATTEND_KEYS(
         state, (), begin, stop, MASKED,
-        q_tile, loop.to_logits.scale, k_desc, v_desc, loop, hook,
-        Place(batch, head, batch_head, 0, q_idx, loop.mask.n_q, loop.mask.offset, q_desc), True,
+        loop.to_logits.scale, k_desc, v_desc, loop, hook,
+        Place(batch, head, batch_head, 0, q_idx, q_tile, loop.mask.n_q, loop.mask.offset, q_desc), True,
     )  # fmt: skip
     tl.store(max_ptr + batch_head * M + q_idx, state.row_max)
     tl.store(sum_ptr + batch_head * M + q_idx, state.row_sum)

@@ -84,7 +84,7 @@ def test_a_reused_result_is_not_added_to(launch, device):
 @triton.jit
 def order_kernel(visits_ptr, begin, stop, most, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr):
     q_start = tl.program_id(0) * BLOCK_M
-    place = Place(0, 0, 0, q_start, q_start + tl.arange(0, BLOCK_M), 0, 0, 0)
+    place = Place(0, 0, 0, q_start, q_start + tl.arange(0, BLOCK_M), 0, 0, 0, 0)
     visits_ptr += tl.program_id(0) * most
     for k_start in range(begin, stop, BLOCK_N):
         visited = ORDER((), k_start, begin, stop, place, BLOCK_N)

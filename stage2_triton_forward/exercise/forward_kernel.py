@@ -97,7 +97,7 @@ def forward_kernel(
         tl.zeros([BLOCK_M], tl.float32),
         tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
     )
-    place = Place(batch, head, batch_head, q_start, q_idx, loop.mask.n_q, loop.mask.offset, hook_desc)
+    place = Place(batch, head, batch_head, q_start, q_idx, q_tile, loop.mask.n_q, loop.mask.offset, hook_desc)
     carry = hook.START(hook.args, place)
     parts = ((begin, tl.minimum(whole_begin, stop)), (whole_begin, whole_stop), (whole_stop, stop))
     EXISTS: tl.constexpr = (loop.mask.HAS_LEFT, True, HAS_TAIL)
@@ -105,7 +105,7 @@ def forward_kernel(
         if EXISTS[PART]:
             state, carry = attend_keys(
                 state, carry, parts[PART][0], parts[PART][1], PART != 1,
-                q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT,
+                scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT,
             )  # fmt: skip
 
     lse_log2 = state.row_max
@@ -130,7 +130,7 @@ def forward_kernel(
 @triton.jit
 def attend_keys(
     state, carry, begin, stop, MASKED: tl.constexpr,
-    q_tile, scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT: tl.constexpr,
+    scale, k_desc, v_desc, loop, hook, place, COMPUTE_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys from `begin` to `stop` into the state; with MASKED, check who sees whom element by element."""
     BLOCK_N: tl.constexpr = loop.tiles.BLOCK_N

@@ -309,6 +309,9 @@ def _cross_token(
     """
     check_split(split, k.shape[2])
     check_flag("reuse_buffers", reuse_buffers)
+    region = {"q_begin": min(split, q.shape[2]), "k_stop": split}
+    if not reuse_buffers and not any(x is not None for x in given.values()):
+        return region, None
     wide = torch.promote_types(q.dtype, torch.float32)
     shapes = [((*q.shape[:3], v.shape[3]), q.dtype), ((*k.shape[:2], split), wide)]
     taken = {"q": q, "k": k, "v": v}
@@ -316,9 +319,6 @@ def _cross_token(
         if x is not None:
             check_buffer(argument, x, shape, dtype, taken)
             taken[argument] = x
-    region = {"q_begin": min(split, q.shape[2]), "k_stop": split}
-    if not reuse_buffers and all(x is None for x in given.values()):
-        return region, None
     if needs_gradients(q, k, v, setting.sinks):
         raise ValueError("buffers and reuse_buffers do not go with gradients: call under torch.no_grad()")
     room = [

@@ -6,6 +6,7 @@ from helpers import Case, make_qkv
 
 from flash_attention_with_scores.masked_sums import attention_weights, masked_attention
 from stage1_pytorch_tiled.dense import naive_attention
+from stage1_pytorch_tiled.setting import Setting
 
 CASE = Case(2, 4, 2, 6, 19, 16, True)
 SINKS = torch.tensor([0.5, 2.0, -1.0, 1.0])
@@ -40,16 +41,17 @@ def test_sums_under_masks(by_kv_head, own_keys, sinks, queries, causal):
     key_mask = key_mask if by_kv_head else key_mask[:, 0]
     options = {"causal": causal, "sm_scale": 0.3, "softcap": 5.0, "window": (12, 0) if causal else None, "sinks": sinks}
     output, weights, sums = oracle(q, k, v, key_mask, own_keys, queries, **options)
+    setting = Setting(**options, key_padding_mask=key_mask)
     for per_query_head in (False, True):
         actual = masked_attention(
-            q, k, v, **options, key_mask=key_mask, own_keys=own_keys, queries=queries, per_query_head=per_query_head
+            *(q, k, v, setting, None), own_keys=own_keys, queries=queries, per_query_head=per_query_head
         )
         torch.testing.assert_close(actual[0].double(), output, rtol=1e-5, atol=1e-6)
         expected = sums if per_query_head else sums.unflatten(1, (2, 2)).sum(2)
         torch.testing.assert_close(actual[1].double(), expected, rtol=1e-5, atol=1e-6)
-    dense = attention_weights(q, k, v, **options, key_mask=key_mask)
+    dense = attention_weights(q, k, v, setting)
     torch.testing.assert_close(dense.double(), weights, rtol=1e-5, atol=1e-6)
-    assert masked_attention(q, k, v, **options, key_mask=key_mask)[1] is None
+    assert masked_attention(q, k, v, setting, None)[1] is None
 
 
 def test_kernels_under_masks(device):
@@ -57,6 +59,6 @@ def test_kernels_under_masks(device):
     q, k, v = make_qkv(CASE, device=device)
     key_mask = torch.rand(2, 2, 19, device=device) < 0.7
     output, _, sums = oracle(q, k, v, key_mask, True, (1, 6), causal=True)
-    actual = masked_attention(q, k, v, True, key_mask=key_mask, queries=(1, 6), backend="triton")
+    actual = masked_attention(q, k, v, Setting(True, key_padding_mask=key_mask), "triton", queries=(1, 6))
     torch.testing.assert_close(actual[0].double(), output, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(actual[1].double(), sums.unflatten(1, (2, 2)).sum(2), rtol=1e-5, atol=1e-6)

@@ -86,21 +86,23 @@ def host_rows() -> Iterator[dict]:
     def ours(q, k, v):
         return library.attention(q, k, v, True)
 
-    calls = {("plain", name): call for name, call in (peers(*qkv) | operators(*qkv)).items()}
-    calls["forward and backward", "SDPA"] = forward_and_backward(sdpa, qkv)
-    calls["forward and backward", "attention"] = forward_and_backward(ours, qkv)
-    for name, attend in {"SDPA": sdpa, "attention": ours}.items():
-        calls["compiled", name] = partial(torch.compile(attend, fullgraph=True), *qkv)
-        compiled = torch.compile(attend, fullgraph=True)
-        calls["compiled, forward and backward", name] = forward_and_backward(compiled, qkv)
+    def step(attend):
+        return lambda: forward_and_backward(attend, qkv)
+
+    makers = {("plain", name): lambda call=call: call for name, call in (peers(*qkv) | operators(*qkv)).items()}
+    makers |= {("forward and backward", name): step(f) for name, f in {"SDPA": sdpa, "attention": ours}.items()}
     for n in DECODE_LENGTHS:
-        step = tensors(**DECODING, n=n, n_q=1)
-        mine = operators(*step)
-        calls[f"decoding, N = {n}", "SDPA"] = peers(*step, causal=False)["SDPA"]
-        for name in ("attention", "softmax column sum"):
-            calls[f"decoding, N = {n}", name] = mine[name]
-    for (way, name), call in calls.items():
+        token = tensors(**DECODING, n=n, n_q=1)
+        mine = operators(*token) | {"SDPA": peers(*token, causal=False)["SDPA"]}
+        for name in ("SDPA", "attention", "softmax column sum"):
+            makers[f"decoding, N = {n}", name] = lambda call=mine[name]: call
+    for name, attend in {"SDPA": sdpa, "attention": ours}.items():  # last: what the compiler leaves slows others down
+        compiled = torch.compile(attend, fullgraph=True)
+        makers["compiled", name] = lambda compiled=compiled: partial(compiled, *qkv)
+        makers["compiled, forward and backward", name] = step(torch.compile(attend, fullgraph=True))
+    for (way, name), make in makers.items():
         try:
+            call = make()
             for _ in range(5):
                 call()
             yield {"way": way, "name": name, "host_us": host_us(call), "called_us": 1e3 * median_ms(call, 10, 40)}

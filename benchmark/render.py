@@ -105,6 +105,32 @@ def operators() -> str:
     return f"{about}.\n\n" + table(header, rows) + "\n" + origin(result)
 
 
+def latency() -> str:
+    """What a call costs in Python."""
+    result = load("latency")
+    cells = {(r["way"], r["name"]): r for r in result["rows"]}
+    rows = []
+    for (way, name), row in cells.items():
+        if "error" in row:
+            rows.append([way, name, row["error"], "", ""])
+            continue
+        peer = cells[way, "SDPA"]["host_us"]
+        rows.append([way, name, f"{row['host_us']:.0f}", f"{row['host_us'] / peer:.2f}", f"{row['called_us']:.0f}"])
+    header = ["way", "call", "host, µs", "÷ SDPA's", "as called, µs"]
+    return table(header, rows) + "\n" + origin(result)
+
+
+def as_called() -> str:
+    """Operators as called from Python, nothing captured."""
+    result = load("as_called")
+    lengths = list(dict.fromkeys(r["n"] for r in result["rows"]))
+    times = {(r["name"], r["n"]): r["ms"] for r in result["rows"]}
+    rows = [
+        [name, *(f"{times[name, n]:.3f}" for n in lengths)] for name in dict.fromkeys(r["name"] for r in result["rows"])
+    ]
+    return table(["as called, ms", *(f"N = {n}" for n in lengths)], rows) + "\n" + origin(result)
+
+
 def contention() -> str:
     """Column sums by atomics, in each order."""
     result = load("contention")
@@ -234,6 +260,8 @@ TABLES = (
     decode,
     fp8,
     operators,
+    latency,
+    as_called,
     contention,
     accuracy,
     memory,

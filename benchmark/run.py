@@ -314,6 +314,16 @@ def fp8(out: Out = None) -> None:
 
 
 @app.command()
+def latency(out: Out = None) -> None:
+    """Time what a call of each operator costs in Python: plain, compiled, with its backward pass, in decoding."""
+    need_gpu()
+    from benchmark.latency import called_rows, host_rows
+
+    on_gpu("latency", host_rows, ["way", "name", "host_us", "called_us"], out)
+    on_gpu("as_called", called_rows, ["n", "name", "ms", "min", "max"], out)
+
+
+@app.command()
 def sums(out: Out = None) -> None:
     """Measure the raw sums' accuracy at N = 65536, and what contended atomics cost."""
     need_gpu()

@@ -88,14 +88,27 @@ class FlashAttentionWithAccumulation(nn.Module):
         self._scores: Tensor | None = None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, scale: float | None = None, **options
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        scale: float | None = None,
+        *,
+        dropout_p: float = 0.0,
+        window: Window = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        seed: int | None = None,
+        backend: str | None = None,
     ) -> Tensor:
         """Compute attention of new queries to all keys so far.
 
         Args:
             q, k, v: [B, H, N, D] as in `flash_attention_with_cumulative_scores`, or [B, N, D] for a single head. Keys
                 may be more than in the last call (a cache that grew), or others' than the queries' (cross-attention).
-            causal, scale, options: as there.
+            causal, scale and the others: as there; `original_attention` is passed those that are not the defaults.
 
         Returns:
             output, of q's shape but for v's last dimension.
@@ -104,8 +117,11 @@ class FlashAttentionWithAccumulation(nn.Module):
             TypeError, ValueError: as there; also if batch size or KV heads changed or keys became fewer since the last
                 call, which takes a `reset_scores()`.
         """
+        masks = {"window": window, "softcap": softcap, "sinks": sinks, "key_padding_mask": key_padding_mask}
+        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "backend": backend, **masks}
         if not self.accumulate_scores and self.original_attention is not None:
-            return self.original_attention(q, k, v, causal, scale, **options)
+            given = {name: x for name, x in options.items() if x is not None and (name != "dropout_p" or x)}
+            return self.original_attention(q, k, v, causal, scale, **given)
         flat = isinstance(q, Tensor) and q.ndim == 3
         q, k, v = (x.unsqueeze(1) if isinstance(x, Tensor) and x.ndim == 3 else x for x in (q, k, v))
         if self.accumulate_scores:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TRITON_MODE
 from helpers import Case, assert_right, make_qkv, references
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -70,6 +71,57 @@ def test_star_import_needs_torch_alone():
     expected = [name for name in PROMISED if name not in NEEDS_TRANSFORMERS]
     run = subprocess.run([sys.executable, "-c", IMPORT_ALONE, *expected], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+LOADS_LITTLE = """
+import sys, torch
+before = set(sys.modules)
+import flash_attention_with_scores
+heavy = {"triton", "torch._dynamo", "torch._inductor", "transformers", "matplotlib"} & (set(sys.modules) - before)
+assert not heavy, heavy
+from stage2_triton_forward.interpreter import use_interpreter_without_gpu
+mode = use_interpreter_without_gpu()
+q = torch.randn(1, 1, 4, 16)
+if mode == "interpreted":
+    flash_attention_with_scores.attention(q, q, q, backend="triton")
+"""
+
+
+def test_import_loads_little():
+    """Neither Triton nor the compiler: so that Triton can still be switched to its interpreter afterwards."""
+    run = subprocess.run([sys.executable, "-c", LOADS_LITTLE], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+FUNCTIONS = [name for name in library.__all__ if inspect.isfunction(getattr(library, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_spelled_out(name):
+    function = getattr(library, name)
+    parameters = inspect.signature(function).parameters.values()
+    assert not [x.name for x in parameters if x.kind in (x.VAR_KEYWORD, x.VAR_POSITIONAL)]
+    if parameters:
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'windwo'"):
+            function(windwo=3)
+
+
+def test_the_two_backends_have_one_face():
+    from flash_attention_with_scores import pytorch_backend
+    from flash_attention_with_scores.backend import Backend
+
+    backends = [pytorch_backend]
+    if TRITON_MODE != "missing":
+        from flash_attention_with_scores import triton_backend
+
+        backends.append(triton_backend)
+    for name in (name for name in vars(Backend) if not name.startswith("_")):
+        expected = [*inspect.signature(getattr(Backend, name)).parameters][1:]
+        for backend in backends:
+            function = getattr(backend, name)
+            arguments = inspect.signature(function).parameters
+            takes_any = any(x.kind == x.VAR_KEYWORD for x in arguments.values())  # an operator: its table names them
+            assert takes_any or set(expected) <= set(arguments), f"{backend.__name__}.{name}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

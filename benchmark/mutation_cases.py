@@ -282,11 +282,4 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "return tl.load(cells, mask=(last >= 0) & (tl.arange(0, BLOCK_D) >= (-1)), other=0.0)",
         ALL_TRUE,
     ),
-    (
-        "stage4_backward/launch.py",
-        "_recompute",
-        "results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]",
-        "results = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]",
-        ON_A_CPU,
-    ),
 ]

@@ -42,7 +42,13 @@ def pytest_addoption(parser):
     )
 
 
-LONGEST = ("test_kernels_compile.py", "test_notebooks.py", "test_course_mistakes.py", "test_course_exercises.py")
+LONGEST = (
+    "test_stage2_launcher.py",
+    "test_kernels_compile.py",
+    "test_notebooks.py",
+    "test_course_mistakes.py",
+    "test_course_exercises.py",
+)
 
 
 def pytest_collection_modifyitems(items, config):

@@ -90,9 +90,9 @@ def draw_call(rng, family):
     if rng.random() < 0.1:
         v = k
     setting = family.setting._replace(sm_scale=rng.choice([None, 0.3, 1.0, 2.0, -0.5]))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and family.name != "backward":
         setting = setting._replace(sinks=torch.randn(n_kv_heads * group, device="cuda"))
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and family.name != "backward":
         padding = torch.rand(batch, n_k + 1, device="cuda")[:, 1:] > 0.3
         setting = setting._replace(key_padding_mask=padding)
     if rng.random() < 0.2 and family.name == "attention":

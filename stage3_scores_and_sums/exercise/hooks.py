@@ -90,6 +90,15 @@ def store_scores_async(scores, place, k_start):
     tl.static_assert(False, "Task 3.3: a 4-D tile for the copy engine, stored at its place")
 
 
+STORE_SCORES_ASYNC = make_hook(rows=long_and_short, on_logits=store_logits_async, finish=store_zeros_async)
+
+
+class RowSum(NamedTuple):
+    """The args of `ROW_SUM`."""
+
+    row_sum_ptr: tl.tensor  # [B·Hq, M]
+
+
 @triton.jit
 def start_row_sum(args, place):
     """START of `add_row_sum`: a sum and what rounding has taken from it."""

@@ -251,8 +251,8 @@ MISTAKES = [
     Mistake(
         "kernel_window_off_by_one",
         TILES,
-        "k_idx[None, :] >= position - mask.left",
-        "k_idx[None, :] > position - mask.left",
+        "k_idx[None, :] >= q_idx[:, None] + (mask.offset - mask.left)",
+        "k_idx[None, :] > q_idx[:, None] + (mask.offset - mask.left)",
         FEATURES + "test_features[1-diagonal-self]",
         "A window of w sees w keys behind the query, not w - 1.",
     ),
@@ -435,8 +435,8 @@ MISTAKES = [
     Mistake(
         "kernel_queries_off_by_one",
         COLUMNS,
-        "begin = tl.maximum(k_start - mask.right - mask.offset - region.q_begin, 0)",
-        "begin = tl.maximum(k_start + 1 - mask.right - mask.offset - region.q_begin, 0)",
+        "begin = tl.maximum(k_start - mask.right - behind - region.q_begin, 0)",
+        "begin = tl.maximum(k_start + 1 - mask.right - behind - region.q_begin, 0)",
         SOFTMAX_SUMS + "test_visible_queries[16-39-40-causal]",
         "The first query that sees a key under a causal mask is the one that stands at it.",
     ),

@@ -79,7 +79,7 @@ def visible_tile(mask, batch, q_idx, k_idx):
     else:
         visible = (k_idx < mask.n_k)[None, :] & (q_idx >= 0)[:, None]
     if mask.HAS_LEFT:
-        visible = visible & (k_idx[None, :] >= position - mask.left)
+        visible = visible & (k_idx[None, :] >= q_idx[:, None] + (mask.offset - mask.left))  # takes fewer registers
     if mask.HAS_PADDING:
         visible = visible & real_keys(mask.padding_ptr, mask.n_k, batch, k_idx)[None, :]
     return visible

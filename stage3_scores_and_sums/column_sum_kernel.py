@@ -124,18 +124,19 @@ def visible_queries(mask, region, k_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     No query of the region before `begin` or from `stop` on sees a key of the tile; all of the inner range see all keys
     of it (padding aside). All but `stop` lie a multiple of BLOCK_M after q_begin: the mirror image of `visible_keys`.
     """
+    behind = mask.n_k - mask.n_q  # mask.offset; with a second use of that, the gradients of keys spill more registers
     last_key = tl.minimum(k_start + BLOCK_N, mask.n_k) - 1
     length = region.q_stop - region.q_begin
     begin = 0
     whole_begin = 0
     whole_stop = length // BLOCK_M * BLOCK_M
     stop = length
-    if mask.HAS_RIGHT:  # i >= j - right - offset
-        begin = tl.maximum(k_start - mask.right - mask.offset - region.q_begin, 0) // BLOCK_M * BLOCK_M
-        whole_begin = tl.cdiv(tl.maximum(last_key - mask.right - mask.offset - region.q_begin, 0), BLOCK_M) * BLOCK_M
-    if mask.HAS_LEFT:  # i <= j + left - offset
-        stop = tl.minimum(stop, tl.maximum(last_key + mask.left - mask.offset + 1 - region.q_begin, 0))
-        first_key_stop = tl.maximum(k_start + mask.left - mask.offset + 1 - region.q_begin, 0)
+    if mask.HAS_RIGHT:  # i >= j - right - behind
+        begin = tl.maximum(k_start - mask.right - behind - region.q_begin, 0) // BLOCK_M * BLOCK_M
+        whole_begin = tl.cdiv(tl.maximum(last_key - mask.right - behind - region.q_begin, 0), BLOCK_M) * BLOCK_M
+    if mask.HAS_LEFT:  # i <= j + left - behind
+        stop = tl.minimum(stop, tl.maximum(last_key + mask.left - behind + 1 - region.q_begin, 0))
+        first_key_stop = tl.maximum(k_start + mask.left - behind + 1 - region.q_begin, 0)
         whole_stop = tl.minimum(whole_stop, first_key_stop // BLOCK_M * BLOCK_M)
     whole_stop = tl.maximum(whole_stop, whole_begin)
     return region.q_begin + begin, region.q_begin + whole_begin, region.q_begin + whole_stop, region.q_begin + stop

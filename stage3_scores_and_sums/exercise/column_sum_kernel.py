@@ -120,6 +120,7 @@ def visible_queries(mask, region, k_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     No query of the region before `begin` or from `stop` on sees a key of the tile; all of the inner range see all keys
     of it (padding aside). All but `stop` lie a multiple of BLOCK_M after q_begin: the mirror image of `visible_keys`.
     """
+    behind = mask.n_k - mask.n_q  # mask.offset; with a second use of that, the gradients of keys spill more registers
     last_key = tl.minimum(k_start + BLOCK_N, mask.n_k) - 1
     length = region.q_stop - region.q_begin
     tl.static_assert(False, "Task 3.14: where queries that see the tile begin and stop, and those that see all of it")

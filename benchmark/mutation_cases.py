@@ -217,7 +217,13 @@ ONE_OF_TWO = "of two parts one is causal order, so that the other is a window in
 PAST_THE_END = "y_stop is the last row's end, and what a tile loads past it is 0"
 ALL_TRUE = "true of every column, and there to give the mask its shape"
 ON_A_CPU = "the same on a CPU, where mutants are tried; on a GPU every test fails"
+NO_GRAPH = "saves the bookkeeping of a graph that nobody asked for; the results are the same"
+KEPT_TWICE = "the sinks are saved for the backward pass, which puts them back, in any case"
+ALL_GIVEN = "the library gives an operator all of its own arguments; their defaults are for other callers"
 UNDER_BUDGET = "a layer that holds nothing is under every budget"
+NEEDS_GRADIENTS = "return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)"
+APPLY = "return _Attention.apply(attend, backward, statistic, setting._replace({}), own, q, k, v, setting.sinks)"
+COL_SUM_OWN = '{{"algorithm": ("str", "linear"), "q_begin": ("int", {}), "k_stop": ("int?", None)}},'
 EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell)
     (
         "stage4_backward/linear_grads.py",
@@ -289,4 +295,38 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "results = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]",
         ON_A_CPU,
     ),
+    (
+        "stage4_backward/differentiable.py",
+        "needs_gradients",
+        NEEDS_GRADIENTS,
+        NEEDS_GRADIENTS.replace("None and", "None or"),
+        NO_GRAPH,
+    ),
+    (
+        "stage4_backward/differentiable.py",
+        "needs_gradients",
+        NEEDS_GRADIENTS,
+        NEEDS_GRADIENTS.replace("() and", "() or"),
+        NO_GRAPH,
+    ),
+    ("stage4_backward/differentiable.py", "differentiable", APPLY.format("sinks=None"), APPLY.format(""), KEPT_TWICE),
+    (
+        "stage4_backward/differentiable.py",
+        "differentiable",
+        APPLY.format("sinks=None"),
+        APPLY.format("sinks=0"),
+        KEPT_TWICE,
+    ),
+    ("stage4_backward/statistics.py", "", COL_SUM_OWN.format(0), COL_SUM_OWN.format(1), ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", COL_SUM_OWN.format(0), COL_SUM_OWN.format("(-1)"), ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", '"q_begin": ("int", 0),', '"q_begin": ("int", 1),', ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", '"q_begin": ("int", 0),', '"q_begin": ("int", (-1)),', ALL_GIVEN),
+    (
+        "stage4_backward/statistics.py",
+        "",
+        '"per_query_head": ("bool", False),',
+        '"per_query_head": ("bool", True),',
+        ALL_GIVEN,
+    ),
+    ("stage4_backward/statistics.py", "", '"buffered": ("bool", False),', '"buffered": ("bool", True),', ALL_GIVEN),
 ]

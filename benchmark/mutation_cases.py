@@ -216,8 +216,11 @@ AS_LONG = "a tensor has as many strides as sizes"
 ONE_OF_TWO = "of two parts one is causal order, so that the other is a window in either case"
 PAST_THE_END = "y_stop is the last row's end, and what a tile loads past it is 0"
 ALL_TRUE = "true of every column, and there to give the mask its shape"
-ON_A_CPU = "the same on a CPU, where mutants are tried; on a GPU every test fails"
+KEPT_TWICE = "the sinks are saved for the backward pass, which puts them back, in any case"
+ALL_GIVEN = "the library gives an operator all of its own arguments; their defaults are for other callers"
 UNDER_BUDGET = "a layer that holds nothing is under every budget"
+APPLY = "return _Attention.apply(attend, backward, statistic, setting._replace({}), own, q, k, v, setting.sinks)"
+COL_SUM_OWN = '{{"algorithm": ("str", "linear"), "q_begin": ("int", {}), "k_stop": ("int?", None)}},'
 EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell)
     (
         "stage4_backward/linear_grads.py",
@@ -282,4 +285,24 @@ EQUIVALENT = [  # (file, function, the line, what it became, why nobody can tell
         "return tl.load(cells, mask=(last >= 0) & (tl.arange(0, BLOCK_D) >= (-1)), other=0.0)",
         ALL_TRUE,
     ),
+    ("stage4_backward/differentiable.py", "differentiable", APPLY.format("sinks=None"), APPLY.format(""), KEPT_TWICE),
+    (
+        "stage4_backward/differentiable.py",
+        "differentiable",
+        APPLY.format("sinks=None"),
+        APPLY.format("sinks=0"),
+        KEPT_TWICE,
+    ),
+    ("stage4_backward/statistics.py", "", COL_SUM_OWN.format(0), COL_SUM_OWN.format(1), ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", COL_SUM_OWN.format(0), COL_SUM_OWN.format("(-1)"), ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", '"q_begin": ("int", 0),', '"q_begin": ("int", 1),', ALL_GIVEN),
+    ("stage4_backward/statistics.py", "", '"q_begin": ("int", 0),', '"q_begin": ("int", (-1)),', ALL_GIVEN),
+    (
+        "stage4_backward/statistics.py",
+        "",
+        '"per_query_head": ("bool", False),',
+        '"per_query_head": ("bool", True),',
+        ALL_GIVEN,
+    ),
+    ("stage4_backward/statistics.py", "", '"buffered": ("bool", False),', '"buffered": ("bool", True),', ALL_GIVEN),
 ]

@@ -310,7 +310,7 @@ def test_opcheck(device, name):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
     from stage4_backward import operators
 
-    q, k, v = make_qkv(Case(1, 2, 1, 5, 9, 16, True), torch.float16, device)  # sums are wider than that
+    q, k, v = make_qkv(Case(1, 4, 2, 5, 9, 16, True), torch.float16, device)  # sums are wider than that
     arguments = (q, k, v, True, 0.25, 0.0, 0, 3, None, None, None, None, None)
     torch.library.opcheck(getattr(operators, name).op, (*arguments, *OWN_ARGUMENTS[name]))
 

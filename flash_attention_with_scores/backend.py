@@ -1,7 +1,6 @@
 """What runs attention: the kernels or PyTorch, with one face."""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,17 +22,17 @@ class Backend(Protocol):
     named for, and can be differentiated.
     """
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, ...]:
         """Return output and lse."""
         ...
 
-    def attention_with_scores(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_with_scores(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, ...]:
         """Return output, lse and scores [B, Hq, M, N]."""
         ...
 
     def attention_with_row_sum(
         self, q: Tensor, k: Tensor, v: Tensor, setting: Setting, *, algorithm: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return output, lse and raw row sums [B, Hq, M]."""
         ...
 
@@ -48,7 +47,7 @@ class Backend(Protocol):
         q_begin: int = 0,
         k_stop: int | None = None,
         room: Room | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return output, lse and raw column sums [B, Hk, k_stop] over the queries from q_begin on."""
         ...
 
@@ -65,13 +64,11 @@ class Backend(Protocol):
         per_query_head: bool = False,
         buffered: bool = False,
         room: Room | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return output, lse and softmax column sums [B, Hk, k_stop] (or Hq) over the queries q_begin to q_stop."""
         ...
 
-    def attention_with_stats(
-        self, q: Tensor, k: Tensor, v: Tensor, setting: Setting
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def attention_with_stats(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, ...]:
         """Return output, lse, entropy, largest weight and mean distance of each query, [B, Hq, M]."""
         ...
 
@@ -93,7 +90,7 @@ class Backend(Protocol):
         """Return softmax column sums [B, Hk, N] (or Hq) alone, from the lse [B, Hq, M] of an earlier pass."""
         ...
 
-    def fold_rows(self, q: Tensor, k: Tensor, lse: Tensor, setting: Setting, fold: Callable, start: float) -> Tensor:
+    def fold_rows(self, q: Tensor, k: Tensor, lse: Tensor, setting: Setting, fold: Any, start: float) -> Tensor:
         """Fold each query's logits and weights, [B, Hq, M]."""
         ...
 
@@ -103,7 +100,7 @@ class Backend(Protocol):
         k: Tensor,
         lse: Tensor,
         setting: Setting,
-        fold: Callable,
+        fold: Any,
         start: float,
         *,
         per_query_head: bool = False,
@@ -113,4 +110,8 @@ class Backend(Protocol):
 
     def check_fold(self, name: str, fold: object) -> None:
         """Check a fold of the caller's; raise TypeError."""
+        ...
+
+    def check_device(self, q: Tensor) -> None:
+        """Check that q lies where this backend runs; raise ValueError."""
         ...

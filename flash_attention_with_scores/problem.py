@@ -1,6 +1,5 @@
 """One call of the library at its door: arguments checked, its setting made, its backend chosen."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -63,18 +62,14 @@ def choose_backend(backend: str | None, q: Tensor) -> Backend:
     if check_backend(backend, q) == "pytorch":
         return pytorch_backend
     kernels = _kernels[0] if _kernels else _import_kernels()
-    if not q.is_cuda and not kernels.INTERPRETED:
-        raise ValueError(
-            f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
-            "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
-        )
+    kernels.check_device(q)
     return kernels
 
 
-_kernels: list[ModuleType] = []  # the backend that runs them, once it is imported
+_kernels: list[Backend] = []  # the backend that runs them, once it is imported
 
 
-def _import_kernels() -> ModuleType:
+def _import_kernels() -> Backend:
     try:
         from . import triton_backend
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from stage4_backward.statistics import Statistic
 from .backend import Room
 from .validation import check_fold_arguments
 
-_TILES = {"block_m": 128, "block_n": 512}  # large enough to keep PyTorch busy, and still O(N)
+_TILES: dict[str, Any] = {"block_m": 128, "block_n": 512}  # large enough to keep PyTorch busy, and still O(N)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, ...]:
@@ -85,7 +86,7 @@ def attention_with_softmax_col_sum(
         output, lse = _attend(q, k, v, setting)
         return output, lse, tiled_softmax_col_sum(q, k, lse, setting, **region, **_TILES)
 
-    region = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop, "per_query_head": per_query_head}
+    region: dict[str, Any] = {"q_begin": q_begin, "q_stop": q_stop, "k_stop": k_stop, "per_query_head": per_query_head}
     return _into(room, _run(statistics.SOFTMAX_COL_SUM, attend, q, k, v, setting, **region))
 
 
@@ -122,7 +123,7 @@ def softmax_col_sum(
     per_query_head: bool = False,
 ) -> Tensor:
     """Return softmax column sums alone."""
-    region = {"q_begin": q_begin, "q_stop": q_stop, "per_query_head": per_query_head}
+    region: dict[str, Any] = {"q_begin": q_begin, "q_stop": q_stop, "per_query_head": per_query_head}
     return tiled_softmax_col_sum(q, k, lse, setting, **region, **_TILES)
 
 
@@ -152,6 +153,10 @@ def check_fold(name: str, fold) -> None:
     if getattr(fold, "fn", None) is not None or not callable(fold):
         raise TypeError(f"{name} must be a plain function of tensors for backend='pytorch', got {fold!r}")
     check_fold_arguments(name, fold)
+
+
+def check_device(q: Tensor) -> None:
+    """PyTorch runs anywhere."""
 
 
 def _attend(

@@ -5,6 +5,8 @@ backend are those of `attention` in all functions here. Raw sums add up sm_scale
 weights before dropout; what a mask hides adds nothing. Sums are fp32 (fp64 for fp64 inputs).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -212,7 +214,8 @@ def attention_cross_token_qk_sum(
     setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_qk_out": cross_token_qk_out}
-    region, room = _cross_token("qk", q, k, v, setting, split, given, reuse_buffers)
+    room = _cross_token_room("qk", q, k, v, setting, split, given, reuse_buffers)
+    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
     output, _, sums = runs.attention_with_col_sum(q, k, v, setting, algorithm=algorithm, **region, room=room)
     return output, sums
 
@@ -253,7 +256,8 @@ def attention_cross_token_softmax_sum(
     setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
-    region, room = _cross_token("softmax", q, k, v, setting, split, given, reuse_buffers)
+    room = _cross_token_room("softmax", q, k, v, setting, split, given, reuse_buffers)
+    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
     output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, room=room)
     return output, sums
 
@@ -286,12 +290,13 @@ def attention_cross_token_softmax_sum_buffered(
     setting = Setting(causal, sm_scale, dropout_p, 0, window, softcap, sinks, key_padding_mask)
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
-    region, room = _cross_token("softmax", q, k, v, setting, split, given, reuse_buffers)
+    room = _cross_token_room("softmax", q, k, v, setting, split, given, reuse_buffers)
+    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
     output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, buffered=True, room=room)
     return output, sums
 
 
-def _cross_token(
+def _cross_token_room(
     name: str,
     q: Tensor,
     k: Tensor,
@@ -300,8 +305,8 @@ def _cross_token(
     split: int,
     given: dict[str, Tensor | None],
     reuse_buffers: bool,
-) -> tuple[dict[str, int], Room | None]:
-    """Return the region of queries from `split` on and keys before it, and room for output and sums, if any is given.
+) -> Room | None:
+    """Check what cross-token sums are given beside attention; return room for output and sums, if any is given.
 
     Args:
         name: of the buffers that are reused.
@@ -309,9 +314,8 @@ def _cross_token(
     """
     check_split(split, k.shape[2])
     check_flag("reuse_buffers", reuse_buffers)
-    region = {"q_begin": min(split, q.shape[2]), "k_stop": split}
     if not reuse_buffers and not any(x is not None for x in given.values()):
-        return region, None
+        return None
     wide = torch.promote_types(q.dtype, torch.float32)
     shapes = [((*q.shape[:3], v.shape[3]), q.dtype), ((*k.shape[:2], split), wide)]
     taken = {"q": q, "k": k, "v": v}
@@ -321,8 +325,8 @@ def _cross_token(
             taken[argument] = x
     if needs_gradients(q, k, v, setting.sinks):
         raise ValueError("buffers and reuse_buffers do not go with gradients: call under torch.no_grad()")
-    room = [
+    output, sums = (
         buffer(f"{name} {argument}", *kind, q.device) if x is None and reuse_buffers else x
         for (argument, x), kind in zip(given.items(), shapes, strict=True)
-    ]
-    return region, Room(*room, reuse_buffers)
+    )
+    return Room(output, sums, reuse_buffers)

@@ -1,8 +1,8 @@
 """The kernels, with the face of `backend.Backend`: what CUDA tensors run, and Triton's interpreter."""
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from stage1_pytorch_tiled.setting import Setting
 from stage3_scores_and_sums import launch
@@ -16,7 +16,7 @@ from .backend import Room
 from .validation import check_fold_arguments
 from .workspace import buffer
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+_INTERPRETED: bool = knobs.runtime.interpret
 
 attention = operators.attention
 attention_with_scores = operators.attention_with_scores
@@ -85,6 +85,15 @@ def check_fold(name: str, fold) -> None:
     if code is None:
         raise TypeError(f"{name} must be a @triton.jit function for backend='triton', got {fold!r}")
     check_fold_arguments(name, code)
+
+
+def check_device(q: Tensor) -> None:
+    """Check that q is on a GPU, or that kernels are interpreted."""
+    if not q.is_cuda and not _INTERPRETED:
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got tensors on {q.device}; "
+            "to run kernels in Triton's interpreter, set TRITON_INTERPRET=1 before Python starts"
+        )
 
 
 def _reused(room: Room, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor | None:

@@ -5,7 +5,10 @@ Window = int | tuple[int | None, int | None] | None
 
 def window_sides(window: Window) -> tuple[int | None, int | None]:
     """Return a window as (left, right), None for unbounded."""
-    return (window, window) if window is None or isinstance(window, int) else tuple(window)
+    if window is None or isinstance(window, int):
+        return window, window
+    left, right = window
+    return left, right
 
 
 def visible_sides(causal: bool, window: Window) -> tuple[int | None, int | None]:

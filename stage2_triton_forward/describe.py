@@ -30,7 +30,7 @@ def describe_loop(q: Tensor, k: Tensor, head_dim_v: int, setting: Setting, confi
     )
     if padding is None:
         return Known(loop, kind)
-    padding = readable(padding, torch.uint8)
+    padding = padding.to(torch.uint8).contiguous()
     mask = loop.mask._replace(padding_ptr=padding)
     return Known(loop._replace(mask=mask), (kind, padding.data_ptr() % _ALIGNMENT == 0))
 

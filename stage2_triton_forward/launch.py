@@ -3,8 +3,8 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from stage1_pytorch_tiled.setting import FULL, Setting
 from stage1_pytorch_tiled.visibility import visible_sides
@@ -25,7 +25,7 @@ from .quick_interpreter import quicken
 from .simple_kernel import simple_forward_kernel
 from .tile_config import TileConfig, cdiv, forward_config, heads_together, simple_config
 
-if triton.knobs.runtime.interpret:
+if knobs.runtime.interpret:
     quicken()
 
 

@@ -120,7 +120,7 @@ def _launch(kernel, grid, config, device: int, args: tuple, constants: dict) -> 
     if recorder is not None:
         recorder.note(repeatable, grid, args)
     packed: list[Any] = packed_grid(grid)
-    packed.append(triton.runtime.driver.active.get_current_stream(device))
+    packed.append(active_driver().get_current_stream(device))
     packed.extend(repeatable.head)
     maps = iter(repeatable.maps)
     for x in args:
@@ -132,6 +132,11 @@ def _launch(kernel, grid, config, device: int, args: tuple, constants: dict) -> 
         else:
             packed.append(x.value if kind is Known else x)
     repeatable.launch(*packed, *repeatable.tail)
+
+
+def active_driver() -> Any:
+    """Return Triton's driver of the GPU."""
+    return triton.runtime.driver.active
 
 
 def packed_grid(grid: tuple[int, ...]) -> list[int]:
@@ -198,13 +203,10 @@ def _specialization(x) -> Hashable:
 
 def _prepare(kernel, compiled, args: tuple) -> Repeatable | None:
     """Return what a repeated launch needs, or None for a kernel that only Triton can launch."""
-    if (
-        not isinstance(compiled, CompiledKernel)
-        or compiled.run.global_scratch_size
-        or compiled.run.profile_scratch_size
-    ):
+    launcher: Any = compiled.run if isinstance(compiled, CompiledKernel) else None
+    if launcher is None or launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
-    launcher, launch = compiled.run, compiled.run.launch
+    launch = launcher.launch
     n_descriptors = sum(type(x) is TileDescriptor for x in args)
     if n_descriptors:  # Triton unpacks descriptors in a closure around the C function; here `_launch` does
         launch = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))["launcher"].cell_contents
@@ -236,5 +238,5 @@ def unpacked(x: TileDescriptor, tile_map: tuple | None) -> list:
     shape, strides = x.layout.shape, x.layout.strides
     if tile_map is None:
         return [x.base.data_ptr(), *shape, *strides, False, *shape, *strides]
-    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+    fill = active_driver().utils.fill_tma_descriptor
     return [fill(x.base.data_ptr(), *tile_map, shape, strides, 0), *shape, *strides]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,7 +133,7 @@ def _play(tape: Tape, inputs: list[Tensor], addresses: list[int]) -> tuple:
         room = first.new_empty(shape, dtype=dtype)
         inputs.append(room)
         addresses.append(room.data_ptr())
-    driver = triton.runtime.driver.active
+    driver = launcher.active_driver()
     stream, fill = driver.get_current_stream(first.device.index), driver.utils.fill_tma_descriptor
     for launch in tape.launches:
         arguments = launch.arguments.copy()

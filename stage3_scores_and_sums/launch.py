@@ -185,9 +185,12 @@ def attention_with_stats(
     q: Tensor, k: Tensor, v: Tensor, setting: Setting = FULL
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, lse, and of each query its entropy, largest weight and mean distance, each [B, Hq, M] fp32."""
-    stats = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)]
-    output, lse = forward(q, k, v, setting, hook=hooks.STATS.given(Stats(*stats)))
-    return output, lse, *(stats if k.numel() else (x.zero_() for x in stats))
+    entropy, max_weight, mean_distance = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3))
+    hook = hooks.STATS.given(Stats(entropy, max_weight, mean_distance))
+    output, lse = forward(q, k, v, setting, hook=hook)
+    if not k.numel():
+        return output, lse, entropy.zero_(), max_weight.zero_(), mean_distance.zero_()
+    return output, lse, entropy, max_weight, mean_distance
 
 
 def fold_rows(

@@ -114,9 +114,9 @@ def summed_chunks(
             y_desc, rows, Ends(sums, None, *bounds, 0, 0, sums.shape[2], 0, *map(constant, constants)), n_sums, config
         )
     to_right = None if no_right else _prefix_sums(y, y_desc, rows, right, n_sums, config)
-    to_left = to_right if no_left and not no_right else _prefix_sums(y, y_desc, rows, left or 0, n_sums, config)
+    to_left = to_right if no_left and to_right else _prefix_sums(y, y_desc, rows, left or 0, n_sums, config)
     (left_sums, left_first), (right_sums, right_first) = to_left, to_right or to_left
-    ends = Ends(
+    between = Ends(
         left_sums,
         right_sums,
         *bounds,
@@ -126,7 +126,7 @@ def summed_chunks(
         right_sums.shape[2],
         *map(constant, (not no_left, not no_right, 0)),
     )
-    return Chunks(y_desc, rows, ends, n_sums, config)
+    return Chunks(y_desc, rows, between, n_sums, config)
 
 
 def _interval_sums(x, y, ends, counted, setting, x_is_keys, out, tile_sums=None):

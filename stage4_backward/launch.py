@@ -51,18 +51,14 @@ def backward(
     """
     if q.dtype.itemsize == 1:
         raise NotImplementedError("attention on fp8 inputs has no backward pass")
-    *results, grad_sinks = _recompute(q, k, v, output, lse, grads, setting)
+    grad_q, grad_k, grad_v, grad_sinks = _recompute(q, k, v, output, lse, grads, setting)
     if grads.row_sum is not None:
-        _add(results, linear_row_sum_grads(q, k, grads.row_sum, setting))
+        more_q, more_k = linear_row_sum_grads(q, k, grads.row_sum, setting)
+        grad_q, grad_k = (grad_q + more_q).to(q.dtype), (grad_k + more_k).to(k.dtype)
     if grads.col_sum is not None:
-        _add(results, linear_col_sum_grads(q, k, grads.col_sum, setting, q_begin=grads.q_begin))
-    return *results, grad_sinks
-
-
-def _add(results: list[Tensor], more: tuple[Tensor, Tensor]) -> None:
-    """Add fp32 gradients of q and k."""
-    for i, x in enumerate(more):
-        results[i] = (results[i] + x).to(results[i].dtype)
+        more_q, more_k = linear_col_sum_grads(q, k, grads.col_sum, setting, q_begin=grads.q_begin)
+        grad_q, grad_k = (grad_q + more_q).to(q.dtype), (grad_k + more_k).to(k.dtype)
+    return grad_q, grad_k, grad_v, grad_sinks
 
 
 def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

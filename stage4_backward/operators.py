@@ -38,7 +38,7 @@ def needs_operator(*inputs: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or not _PLAIN_TYPES.issuperset(map(type, inputs))
     )
 

@@ -1,5 +1,7 @@
 """FlashAttention as `torch.autograd.Function`s: forward passes of stages 1 to 3, backward passes by recomputation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -23,7 +25,7 @@ class _FlashAttentionFunc(torch.autograd.Function):
         raise NotImplementedError
 
     @staticmethod
-    def recompute(*args) -> tuple[Tensor, ...]:
+    def recompute(*args) -> tuple[Any, ...]:
         """Return the gradients of q, k and v, as `recompute_backward` does."""
         raise NotImplementedError
 
@@ -47,7 +49,9 @@ class FlashAttentionPyTorchFunc(_FlashAttentionFunc):
     def attend(q, k, v, is_causal):
         return tiled_attention(q, k, v, Setting(causal=is_causal))
 
-    recompute = staticmethod(recompute_backward)
+    @staticmethod
+    def recompute(*args):
+        return recompute_backward(*args)
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False):

@@ -56,7 +56,7 @@ def peers(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> dict[str, Cal
     return {"SDPA": sdpa, "SDPA, FlashAttention-2": flash}
 
 
-def host_us(call: Call, calls: int = 100, rounds: int = 7) -> float:
+def host_us(call: Call, calls: int = 100, rounds: int = 20) -> float:
     """Return the time after which a call comes back, in microseconds: the shortest mean of several rounds."""
     times = []
     for _ in range(rounds):
@@ -103,7 +103,7 @@ def host_rows() -> Iterator[dict]:
     for (way, name), make in makers.items():
         try:
             call = make()
-            for _ in range(5):
+            for _ in range(50):
                 call()
             yield {"way": way, "name": name, "host_us": host_us(call), "called_us": 1e3 * median_ms(call, 10, 40)}
         except Exception as error:

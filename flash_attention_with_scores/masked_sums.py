@@ -38,7 +38,7 @@ def masked_attention(
     key_mask = setting.key_padding_mask
     if key_mask is not None and key_mask.ndim == 3:
         sums = {"own_keys": own_keys, "queries": queries, "per_query_head": per_query_head}
-        return _by_kv_head(q, k, v, setting, backend, **sums)
+        return _by_kv_head(q, k, v, setting, key_mask, backend, **sums)
     q, k, v, setting, runs = checked_problem(q, k, v, setting, None, backend)
     output, lse = runs.attention(q, k, v, setting)
     if queries is None:
@@ -57,31 +57,32 @@ def attention_weights(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Tens
     if key_mask is None or key_mask.ndim == 2:
         options = {"window": window, "softcap": softcap, "sinks": sinks, "key_padding_mask": key_mask}
         return naive_attention(q, k, v, causal, sm_scale, **options).weights.to(q.dtype)
-    return torch.cat([attention_weights(*part) for part in _kv_heads(q, k, v, setting)], 1)
+    return torch.cat([attention_weights(*part) for part in _kv_heads(q, k, v, setting, key_mask)], 1)
 
 
-def _kv_heads(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Iterator[tuple[Tensor, Tensor, Tensor, Setting]]:
-    """Yield the problem of each KV head, with its own key mask."""
+def _kv_heads(
+    q: Tensor, k: Tensor, v: Tensor, setting: Setting, key_mask: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Setting]]:
+    """Yield the problem of each KV head, with its own key mask out of [B, Hk, N]."""
     group = q.shape[1] // k.shape[1]
     for h in range(k.shape[1]):
         rows = slice(h * group, (h + 1) * group)
-        own = {
-            "sinks": None if setting.sinks is None else setting.sinks[rows],
-            "key_padding_mask": setting.key_padding_mask[:, h],
-        }
-        yield q[:, rows], k[:, h, None], v[:, h, None], setting._replace(**own)
+        sinks = None if setting.sinks is None else setting.sinks[rows]
+        own = setting._replace(sinks=sinks, key_padding_mask=key_mask[:, h])
+        yield q[:, rows], k[:, h, None], v[:, h, None], own
 
 
-def _by_kv_head(q, k, v, setting: Setting, backend, **sums_of) -> tuple[Tensor, Tensor | None]:
+def _by_kv_head(q, k, v, setting: Setting, key_mask: Tensor, backend, **sums_of) -> tuple[Tensor, Tensor | None]:
     """Run each KV head with its own key mask: heads become batch rows, or are done in turn where sinks differ."""
     if setting.sinks is not None:
-        parts = [masked_attention(*part, backend, **sums_of) for part in _kv_heads(q, k, v, setting)]
+        parts = [masked_attention(*part, backend, **sums_of) for part in _kv_heads(q, k, v, setting, key_mask)]
         outputs, sums = zip(*parts, strict=True)
         return torch.cat(outputs, 1), None if sums[0] is None else torch.cat(sums, 1)
     output, sums = masked_attention(
         q.unflatten(1, (k.shape[1], -1)).flatten(0, 1),
-        *(x.flatten(0, 1).unsqueeze(1) for x in (k, v)),
-        setting._replace(key_padding_mask=setting.key_padding_mask.flatten(0, 1)),
+        k.flatten(0, 1).unsqueeze(1),
+        v.flatten(0, 1).unsqueeze(1),
+        setting._replace(key_padding_mask=key_mask.flatten(0, 1)),
         backend,
         **sums_of,
     )

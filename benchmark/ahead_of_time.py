@@ -72,6 +72,7 @@ GRADIENTS = {  # stage 4
     "backward_window": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q), s._replace(window=(100, None))),
     "backward_scores": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q, scores=q.new_empty(1, 4, 256, 256)), s),
     "backward_columns": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q, softmax_col_sum=COLUMNS), s),
+    "backward_entropy": lambda q, k, s: backward(q, k, k, q, ROWS, Gradients(q, entropy=ROWS), s),
     "columns_of_one_query": lambda q, k, s: through_columns(
         *(q[:, :, :1], k, ROWS[:, :, :1]), describe_score_grads(q, Gradients(softmax_col_sum=COLUMNS)), s
     ),

@@ -133,7 +133,7 @@ OPERATORS = {
     ),
     "attention_with_stats": Operator(
         _named("output", "lse", "entropy", "max_weight", "mean_distance"),
-        no_gradient=("entropy", "max_weight", "mean_distance"),
+        no_gradient=("max_weight", "mean_distance"),
     ),
     "attention_with_reduction": Operator(
         _fold_fields,

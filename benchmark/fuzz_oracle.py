@@ -135,7 +135,7 @@ class Truth:
 
     def entropy(self) -> Tensor:
         """Return -Σ_j p·ln p."""
-        return torch.special.entr(self.weights).sum(-1)
+        return -(self.weights * self.weights.masked_fill(self.weights == 0, 1).log()).sum(-1)
 
     def max_weight(self) -> Tensor:
         """Return the largest weight of each query."""

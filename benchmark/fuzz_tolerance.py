@@ -101,6 +101,8 @@ class Tolerance:
                 of_weights, of_scores = (
                     (of_weights + x, of_scores) if name == "weight_sum" else (of_weights, of_scores + x)
                 )
+            elif name == "entropy":
+                of_weights = of_weights + x[..., None] * (1 + t.weights.clamp(min=1e-45).log().abs())
             elif name in ("scores", "row_sum"):
                 of_scores = of_scores + (x * t.visible if name == "scores" else x[..., None])
         delta = (t.weights * of_weights).sum(-1) + grads.get("lse", torch.zeros(()))

@@ -60,7 +60,7 @@ DIFFERENTIATED = [
     "test_library_gradients.py::test_sums_over_a_part_of_the_queries",
     "test_library_gradients.py::test_no_graph_where_none_is_wanted",
     "test_library_gradients.py::test_gradients_of_some_inputs_only",
-    "test_library_gradients.py::test_stats_have_no_gradient_and_their_output_has",
+    "test_library_gradients.py::test_two_of_the_stats_have_no_gradient_and_their_output_has",
     "test_library_gradients.py::test_fp8_has_no_backward_pass",
     "test_library_gradients.py::test_dropout_is_drawn_again",
     "test_library_gradients.py::test_backward_twice",

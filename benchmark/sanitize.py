@@ -48,7 +48,9 @@ def gradients(q: torch.Tensor, k: torch.Tensor, setting: Setting) -> None:
     """Launch stage 4's kernels."""
     output, lse = attention_forward(q, k, k, setting)
     columns = torch.randn(*k.shape[:3], device="cuda")
-    grads = Gradients(torch.randn_like(output), torch.randn_like(lse), softmax_col_sum=columns)
+    grads = Gradients(
+        torch.randn_like(output), torch.randn_like(lse), softmax_col_sum=columns, entropy=torch.randn_like(lse)
+    )
     backward(q, k, k, output, lse, grads, setting)
     linear_row_sum_grads(q, k, torch.randn_like(lse), setting)
     linear_col_sum_grads(q, k, columns, setting)

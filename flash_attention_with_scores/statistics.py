@@ -52,7 +52,9 @@ def attention_with_stats(
         q, k, v and the others: as in `attention`.
 
     Returns:
-        AttentionStats. Statistics are of the weights before dropout; with a sink these add up to less than 1.
+        AttentionStats. Statistics are of the weights before dropout; with a sink these add up to less than 1. Output,
+        lse and entropy are differentiable, the largest weight and the mean distance are not: an error says so, but for
+        torch.compile on the CPU, where they are constants.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype, device or range; the message names it.

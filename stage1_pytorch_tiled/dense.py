@@ -117,7 +117,7 @@ def naive_attention(
         col_sum=_sum_group(scores.sum(-2, dtype=wide), n_kv_heads),
         softmax_col_sum=_sum_group(total_attention, n_kv_heads),
         total_attention=total_attention,
-        entropy=-torch.xlogy(weights, weights).sum(-1),
+        entropy=-(weights * weights.masked_fill(weights == 0, 1).log()).sum(-1),  # 0·ln 0 is 0, and so is its gradient
         max_weight=F.pad(weights, (0, 1)).amax(-1),  # a column of 0, for N = 0
         mean_distance=(weights * distance).sum(-1) / weight_sum.masked_fill(weight_sum == 0, 1),
         cross_token_qk_sum=_sum_group(scores[..., split:, :split].sum(-2, dtype=wide), n_kv_heads),

@@ -49,12 +49,18 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, *results[:2], sinks)
         ctx.given = backward, statistic, setting, own
+        if torch.compiler.is_compiling():  # it traces the backward pass with gradients of all results, used or not
+            without = [x for x, result in zip(results[2:], statistic.results, strict=True) if result.gradient is None]
+            ctx.mark_non_differentiable(*without)
         return tuple(results)
 
     @staticmethod
     def backward(ctx, grad_output, grad_lse, *grad_results):
         q, k, v, output, lse, sinks = ctx.saved_tensors
         backward, statistic, setting, own = ctx.given
+        if torch.compiler.is_compiling():
+            pairs = zip(grad_results, statistic.results, strict=True)
+            grad_results = tuple([None if result.gradient is None else grad for grad, result in pairs])
         grads = Gradients.of(statistic, own, grad_output, grad_lse, grad_results)
         found = backward(q, k, v, output, lse, grads, setting._replace(sinks=sinks))
         return None, None, None, None, None, *found

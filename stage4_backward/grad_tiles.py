@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from stage2_triton_forward.forward_kernel import cap_logits
-from stage2_triton_forward.tiles import drop_tile
+from stage2_triton_forward.tiles import LN_2, drop_tile
 
 
 class ScoreGrads(NamedTuple):
@@ -14,12 +14,14 @@ class ScoreGrads(NamedTuple):
 
     scores_ptr: tl.tensor  # [B, Hq, M, N], of the raw scores
     columns_ptr: tl.tensor  # [B, Hq / COLUMN_HEADS, k_stop] fp32, of the weights' column sums
+    entropy_ptr: tl.tensor  # [B, Hq, M] fp32
     q_begin: int  # queries q_begin to q_stop and keys before k_stop were summed
     q_stop: int
     k_stop: int
     COLUMN_HEADS: tl.constexpr
     HAS_SCORES: tl.constexpr
     HAS_COLUMNS: tl.constexpr
+    HAS_ENTROPY: tl.constexpr
 
 
 @triton.jit
@@ -31,6 +33,25 @@ def column_grads(score_grads, batch_head, q_idx, k_idx):
 
 
 @triton.jit
+def entropy_slope(weights):
+    """Return dH/dP = -ln P - 1 of each weight; 0 is what stands for -ln 0, and is multiplied by the weight."""
+    return tl.log2(tl.where(weights == 0.0, 1.0, weights)) * -LN_2 - 1.0
+
+
+@triton.jit
+def add_entropy_slope(acc, logits, weights, q_idx, k_idx):
+    """Fold of rows: P·dH/dP, which the softmax's backward subtracts; it comes to the entropy less the weights' sum."""
+    return acc + tl.sum(weights * entropy_slope(weights), 1)
+
+
+@triton.jit
+def entropy_grads(score_grads, mask, weights, batch_head, q_idx):
+    """Return the gradient of each weight that came through its row's entropy."""
+    row = batch_head.to(tl.int64) * mask.n_q
+    return tl.load(score_grads.entropy_ptr + row + q_idx, mask=q_idx < mask.n_q, other=0.0) * entropy_slope(weights)
+
+
+@triton.jit
 def grad_logits(to_logits, score_grads, mask, logits, weights, grad_weights, delta, visible, batch_head, q_idx, k_idx):
     """Return the gradient of a tile's scaled scores: dS = P ∘ (dP - delta), through softcap, plus the scores' own.
 
@@ -38,6 +59,8 @@ def grad_logits(to_logits, score_grads, mask, logits, weights, grad_weights, del
     """
     if score_grads.HAS_COLUMNS:
         grad_weights += column_grads(score_grads, batch_head, q_idx, k_idx)
+    if score_grads.HAS_ENTROPY:
+        grad_weights += entropy_grads(score_grads, mask, weights, batch_head, q_idx)
     grad = weights * (grad_weights - delta)
     if to_logits.HAS_SOFTCAP:
         squashed, _ = cap_logits(to_logits, logits, to_logits.scale)

@@ -16,6 +16,7 @@ class Gradients(NamedTuple):
     row_sum: Tensor | None = None  # [B, Hq, M], of raw scores
     col_sum: Tensor | None = None  # [B, Hk, k_stop], of raw scores
     softmax_col_sum: Tensor | None = None  # [B, Hk, k_stop] or [B, Hq, k_stop], of weights
+    entropy: Tensor | None = None  # [B, Hq, M], of weights
     q_begin: int = 0  # column sums counted queries q_begin to q_stop
     q_stop: int | None = None  # None: to the last
 

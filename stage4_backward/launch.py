@@ -20,12 +20,12 @@ from stage2_triton_forward.launcher import launch
 from stage2_triton_forward.replay import replayed
 from stage2_triton_forward.tile_config import cdiv
 from stage3_scores_and_sums.column_sum_kernel import Region
-from stage3_scores_and_sums.launch import second_pass
+from stage3_scores_and_sums.launch import fold_rows, second_pass
 
 from .delta_kernel import delta_kernel
 from .grad_kv_kernel import grad_kv_kernel
 from .grad_q_kernel import grad_q_kernel
-from .grad_tiles import ScoreGrads
+from .grad_tiles import ScoreGrads, add_entropy_slope
 from .gradients import Gradients
 from .hooks import COLUMN_GRADS, ColumnGrads
 from .linear_grads import linear_col_sum_grads, linear_row_sum_grads
@@ -66,7 +66,7 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
     batch, n_heads, n_q, _ = q.shape
     n_kv_heads, n_k = k.shape[1:3]
     results = [x.new_empty(x.shape) for x in (q, k, v)]
-    through = (grads.output, grads.lse, grads.scores, grads.softmax_col_sum)
+    through = (grads.output, grads.lse, grads.scores, grads.softmax_col_sum, grads.entropy)
     if q.numel() == 0 or k.numel() == 0 or all(x is None for x in through):
         return *(x.zero_() for x in results), None if setting.sinks is None else torch.zeros_like(setting.sinks)
     lse = readable(lse)
@@ -77,6 +77,9 @@ def _recompute(q, k, v, output, lse, grads, setting) -> tuple[Tensor, Tensor, Te
     if grads.softmax_col_sum is not None:
         columns = through_columns(q, k, lse, score_grads, setting)
         extra = columns if extra is None else extra + columns
+    if grads.entropy is not None:
+        slopes = grads.entropy.float() * fold_rows(q, k, lse, setting, add_entropy_slope)
+        extra = slopes if extra is None else extra + slopes
     delta = _delta(output, grad_output, extra, configs.grad_q.block_m)
     q = signed(q, setting)
     left, right = visible_sides(setting.causal, setting.window)
@@ -146,11 +149,11 @@ def _delta(output: Tensor, grad_output: Tensor, extra: Tensor | None, block_m: i
 
 
 def describe_score_grads(q: Tensor, grads: Gradients) -> ScoreGrads:
-    """Describe the gradients of scores and of softmax column sums for the kernels."""
+    """Describe the gradients of scores, of softmax column sums and of entropies for the kernels."""
     columns, q_stop = grads.softmax_col_sum, q.shape[2] if grads.q_stop is None else grads.q_stop
     n_columns, k_stop = (q.shape[1], 0) if columns is None else columns.shape[1:]
-    constants = (q.shape[1] // n_columns, grads.scores is not None, columns is not None)
-    pointers = (readable(grads.scores), readable(columns, torch.float32))
+    constants = (q.shape[1] // n_columns, grads.scores is not None, columns is not None, grads.entropy is not None)
+    pointers = (readable(grads.scores), *(readable(x, torch.float32) for x in (columns, grads.entropy)))
     return ScoreGrads(*pointers, grads.q_begin, q_stop, k_stop, *map(constant, constants))
 
 

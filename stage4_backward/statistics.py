@@ -60,5 +60,9 @@ SOFTMAX_COL_SUM = Statistic(
 STATS = Statistic(
     "attention_with_stats",
     {},
-    (Result("entropy", _of_queries), Result("max_weight", _of_queries), Result("mean_distance", _of_queries)),
+    (
+        Result("entropy", _of_queries, "entropy"),
+        Result("max_weight", _of_queries),
+        Result("mean_distance", _of_queries),
+    ),
 )

@@ -43,7 +43,7 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
-    "test_stage2_launcher.py",
+    "test_launcher.py",
     "test_kernels_compile.py",
     "test_notebooks.py",
     "test_course_mistakes.py",

@@ -1,5 +1,6 @@
 """What the tests of stage 4 share: problems whose gradients the definition gives, and how they are compared."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -35,7 +36,9 @@ LOSSES = {
     "some queries": Loss(("softmax_col_sum",), (5, 18, None)),
     "cross-token": Loss(("output", "softmax_col_sum"), (17, None, 17)),
     "query heads": Loss(("total_attention",)),
-    "everything": Loss(("output", "lse", "scores", "total_attention")),
+    "entropy": Loss(("entropy",)),
+    "output and entropy": Loss(("output", "entropy")),
+    "everything": Loss(("output", "lse", "scores", "total_attention", "entropy")),
 }
 SHAPES = {
     "self": Case(1, 4, 2, 70, 70, 24, True),
@@ -103,8 +106,8 @@ def _results(inputs, region, options) -> dict[str, Tensor]:
     result = naive_attention(q, k, v, **options)
     scores, weights = (x[:, :, q_begin:q_stop, :k_stop].sum(-2, dtype=result.lse.dtype) for x in result[2:4])
     of_group = [x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (scores, weights)]
-    names = ("output", "lse", "scores", "row_sum", "col_sum", "softmax_col_sum", "total_attention")
-    return dict(zip(names, (*result[:3], result.row_sum, *of_group, weights), strict=True))
+    names = ("output", "lse", "scores", "row_sum", "col_sum", "softmax_col_sum", "total_attention", "entropy")
+    return dict(zip(names, (*result[:3], result.row_sum, *of_group, weights, result.entropy), strict=True))
 
 
 def kept_weights(q, k, dropout_p, seed) -> Tensor:
@@ -128,17 +131,23 @@ def _rounded_away(qkv, grads, scores, options) -> dict[str, float]:
     """Return the errors that no fp32 recomputation avoids, four units of rounding of its largest intermediate results.
 
     q and k: dP - delta may cancel, wholly where a row sees one key; its terms are up to |dO|·|v|, times s·|k| or s·|q|.
+    With an entropy dP has terms of -ln P, whose average is at most ln N, and which are off by the rounding of S.
     v: a weight e^{S - lse} is off by the rounding of S, relative to itself, times dO.
     """
     q, k, v = (x.detach().double() for x in qkv)
-    if "output" not in grads or not scores.numel():
+    if not {"output", "entropy"} & {*grads} or not scores.numel():
         return {}
     scale = options.get("sm_scale")
     scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    grad_output = grads["output"].double() / (1 - options.get("dropout_p", 0.0))
     unit = 4 * torch.finfo(torch.promote_types(qkv[0].dtype, torch.float32)).eps
-    cancelling = unit * scale * (grad_output.norm(dim=-1).max() * v.norm(dim=-1).max()).item()
-    of_weights = unit * (scores.detach().abs().max() * grad_output.abs().max()).item()
+    largest_score = scores.detach().abs().max().item()
+    cancelling = of_weights = 0.0
+    if "output" in grads:
+        grad_output = grads["output"].double() / (1 - options.get("dropout_p", 0.0))
+        cancelling = unit * scale * (grad_output.norm(dim=-1).max() * v.norm(dim=-1).max()).item()
+        of_weights = unit * largest_score * grad_output.abs().max().item()
+    if "entropy" in grads:
+        cancelling += unit * scale * (math.log(k.shape[2]) + largest_score) * grads["entropy"].abs().max().item()
     return {"q": cancelling * k.abs().max().item(), "k": cancelling * q.abs().max().item(), "v": of_weights}
 
 

@@ -29,7 +29,17 @@ GIVEN = {"1": {"philox"}}  # modules of a stage's reference that its exercises m
 # Modules that an exercise package finds in its stage's folder, and runs as its own: they import the learner's files.
 FOUND_IN_STAGE = {
     "1": {"dense", "philox", "second_pass", "setting", "visibility"},
-    "2": {"describe", "hook", "interpreter", "launch", "launcher", "quick_interpreter", "split_kv", "tile_config"},
+    "2": {
+        "describe",
+        "hook",
+        "interpreter",
+        "launch",
+        "launcher",
+        "quick_interpreter",
+        "replay",
+        "split_kv",
+        "tile_config",
+    },
     "3": {"column_sums", "launch", "linear_sums", "tile_config"},
     "4": {"differentiable", "gradients", "hooks", "launch", "linear_grads", "operators", "statistics", "tile_config"},
 }

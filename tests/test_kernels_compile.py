@@ -14,7 +14,10 @@ VARIANTS = {"forward", "window", "softcap", "sinks", "padding", "dropout", "spli
 SCORES = {"with_scores", "scores_alone", "stats", "fold_rows", "fold_columns"}
 RAW_SUMS = {"row_sum_kahan", "row_sum_linear", "col_sum_linear", "col_sum_reverse", "col_sum_round_robin"}
 SOFTMAX_SUMS = {"softmax_col_sum", "softmax_col_sum_window", "softmax_cross", "softmax_cross_stored"}
-BACKWARD = {"backward", *(f"backward_{name}" for name in ("softcap", "dropout", "window", "scores", "columns"))}
+BACKWARD = {
+    "backward",
+    *(f"backward_{name}" for name in ("softcap", "dropout", "window", "scores", "columns", "entropy")),
+}
 GRADIENTS = BACKWARD | {"columns_of_one_query", "row_sum_grads", "col_sum_grads"}
 KERNELS = VARIANTS | {"decode", "simple"} | SCORES | RAW_SUMS | SOFTMAX_SUMS | GRADIENTS
 EVERY_KERNEL = {f"{name}_kernel" for name in ("forward", "merge", "simple_forward", "column_sum", "delta")}
@@ -29,6 +32,7 @@ SPILLS = {  # what may spill in half precision, and how many bytes of a thread's
         "backward_dropout": 176,
         "backward_scores": 24,
         "backward_columns": 64,
+        "backward_entropy": 96,
     },
     90: {  # of the gradients of k and v: two accumulators, in the tiles that were the fastest nevertheless
         "backward": 72,
@@ -37,6 +41,7 @@ SPILLS = {  # what may spill in half precision, and how many bytes of a thread's
         "backward_window": 112,
         "backward_scores": 256,
         "backward_columns": 48,
+        "backward_entropy": 80,
     },
 }
 

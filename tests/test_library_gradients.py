@@ -26,6 +26,7 @@ FUNCTIONS = {  # (q, k, v, **options) -> the result, by the oracle's field
     "cross_token_softmax_sum": lambda *qkv, **options: library.attention_cross_token_softmax_sum(
         *qkv, SPLIT, **options
     )[1],
+    "entropy": lambda *qkv, **options: library.attention_with_stats(*qkv, **options).entropy,
 }
 ALGORITHMS = [
     (attention_with_row_sum, "row_sum", "kahan"),
@@ -140,6 +141,46 @@ def test_output_lse_and_total_in_one_loss(device, backend):
     results = call(attention, inputs, return_lse=True, return_total_attention=True, backend=backend, **options)
     grads = [torch.randn_like(x) for x in results]
     check(gradients(results, inputs, grads), ["output", "lse", "total_attention"], inputs, grads, **options)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [OPTIONS["padding"], OPTIONS["softcap and sinks"]], ids=["padding", "sinks"])
+def test_output_lse_and_entropy_in_one_loss(device, backend, dtype, options):
+    inputs, options = draw(CACHE, device, dtype, options=options)
+    results = call(library.attention_with_stats, inputs, backend=backend, **options)[:3]
+    grads = [torch.randn_like(x) for x in results]
+    check(gradients(results, inputs, grads), ["output", "lse", "entropy"], inputs, grads, **options)
+
+
+@each_backend
+def test_entropy_of_rows_that_see_nothing_and_of_one_key(device, backend):
+    """Both are 0 whatever the logits are, and make no NaN of what is 0 times infinity."""
+    inputs, _ = draw(EMPTY_ROWS, device)
+    entropy = call(library.attention_with_stats, inputs, causal=True, backend=backend).entropy
+    assert not entropy[:, :, :38].any()
+    grads = gradients(entropy[:, :, :37].sum(), inputs, None)
+    assert not any(grad.any() for grad in grads.values())
+    grads = gradients(
+        call(library.attention_with_stats, inputs, causal=True, backend=backend).entropy.sum(), inputs, None
+    )
+    assert not grads["q"][:, :, :37].any()
+    assert grads["q"][:, :, 37].abs().max() < 1e-6
+    assert grads["q"][:, :, 38:].any(-1).all()
+    assert not grads["v"].any()
+
+
+@each_backend
+def test_weights_alike_have_the_largest_entropy(device, backend):
+    """There the gradient is 0; from elsewhere, a step along it makes every row's entropy larger."""
+    inputs, _ = draw(CACHE, device)
+    alike = {name: (x * 0 if name == "q" else x).detach().requires_grad_() for name, x in inputs.items()}
+    entropy = call(library.attention_with_stats, alike, backend=backend).entropy
+    assert gradients(entropy.sum(), alike, None)["q"].abs().max() < 1e-5
+    entropy = call(library.attention_with_stats, inputs, backend=backend).entropy
+    grad = gradients(entropy.sum(), inputs, None)["q"]
+    nearer = library.attention_with_stats(inputs["q"] + 1e-2 * grad, inputs["k"], inputs["v"], backend=backend).entropy
+    assert (nearer > entropy).all()
 
 
 @each_backend
@@ -258,7 +299,7 @@ def test_gradcheck(name, options):
 
 
 @each_backend
-@pytest.mark.parametrize("name", ["output", "scores", "row_sum", "softmax_col_sum"])
+@pytest.mark.parametrize("name", ["output", "scores", "row_sum", "softmax_col_sum", "entropy"])
 def test_compiles_into_one_graph(device, backend, name):
     """Forward and backward; the kernels are opaque to the compiler, so that tracing them is what there is to test."""
     inputs, _ = draw(SMALL, device)
@@ -266,6 +307,7 @@ def test_compiles_into_one_graph(device, backend, name):
     def loss(q, k, v):
         return (FUNCTIONS[name](q * 2, k, v, causal=True, backend=backend) + 1).square().sum()
 
+    torch._dynamo.reset()  # each name compiles the same function anew, and PyTorch counts how often
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     actual, expected = compiled(*inputs.values()), loss(*inputs.values())
     torch.testing.assert_close(actual, expected)
@@ -386,7 +428,7 @@ def test_opcheck_of_statistics(device, name):
 
     operator = getattr(operators, f"attention_with_{name}")
     arguments = (*forward_arguments(device), *operator.defaults.values())
-    if name == "stats":  # has no gradient
+    if name == "stats":  # two have no gradient
         arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     torch.library.opcheck(operator.op, arguments)
 
@@ -407,8 +449,8 @@ def test_opcheck_of_the_backward_pass(device):
     output, lse = attention(*arguments[:3], True, return_lse=True, window=(6, None), sinks=arguments[-3])
     row, col = torch.randn_like(lse), torch.randn(1, 1, 13, device=device)
     scores = torch.randn(1, 2, 9, 13, device=device)
-    everything = (torch.randn_like(output), torch.randn_like(lse), scores, row, col, torch.randn_like(col))
-    for grads in (everything, (None, None, None, row, col, None), (everything[0], *[None] * 5)):
+    everything = (torch.randn_like(output), torch.randn_like(lse), scores, row, col, torch.randn_like(col), row)
+    for grads in (everything, (None, None, None, row, col, None, None), (everything[0], *[None] * 6)):
         torch.library.opcheck(backward_op, (*arguments, output, lse, *grads, 0, None))
 
 
@@ -436,11 +478,11 @@ def test_fp8_has_no_backward_pass(device, descales):
 
 
 @each_backend
-def test_stats_have_no_gradient_and_their_output_has(device, backend):
+def test_two_of_the_stats_have_no_gradient_and_their_output_has(device, backend):
     inputs, _ = draw(SMALL, device)
     stats = call(library.attention_with_stats, inputs, causal=True, backend=backend)
-    for x in (stats.entropy, stats.max_weight, stats.mean_distance):
-        with pytest.raises(NotImplementedError, match="entropy, max_weight and mean_distance have no gradient"):
+    for x in (stats.max_weight, stats.mean_distance):
+        with pytest.raises(NotImplementedError, match="stats: max_weight and mean_distance have no gradient"):
             x.sum().backward(retain_graph=True)
     grads = [torch.randn_like(stats.output), torch.randn_like(stats.lse)]
     check(gradients([stats.output, stats.lse], inputs, grads), ["output", "lse"], inputs, grads, causal=True)
@@ -448,7 +490,7 @@ def test_stats_have_no_gradient_and_their_output_has(device, backend):
 
 @each_backend
 @pytest.mark.parametrize("layout", ["expanded", "strided", "transposed"])
-@pytest.mark.parametrize("name", ["lse", "scores", "row_sum", "col_sum", "softmax_col_sum"])
+@pytest.mark.parametrize("name", ["lse", "scores", "row_sum", "col_sum", "softmax_col_sum", "entropy"])
 def test_incoming_gradients_may_have_any_strides(device, backend, name, layout):
     several_heads = Case(2, 4, 2, 9, 13, 16, True)  # so that a transposed [B, H, N] is not contiguous
     inputs, options = draw(several_heads, device, options={"causal": True, "backend": backend})
@@ -480,7 +522,7 @@ def test_scores_of_keys_that_nobody_sees_have_gradients_of_zero(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["output", "softmax_col_sum", "row_sum", "col_sum"])
+@pytest.mark.parametrize("name", ["output", "softmax_col_sum", "row_sum", "col_sum", "entropy"])
 def test_memory_is_linear(name):
     """Gradients, an lse and a delta, and for raw sums fp32 copies; one head's scores alone would be 2 GiB."""
     inputs, _ = draw(Case(1, 8, 2, 32768, 32768, 64, True), "cuda", torch.bfloat16)

@@ -30,7 +30,7 @@ def backward(graded, monkeypatch):
 
 
 def expected_delta(problem):
-    """Return rowsum(dO ∘ O) + Σ_j P_ij·g_j - dlse_i in float64, [B, Hq, M]."""
+    """Return rowsum(dO ∘ O) + Σ_j P_ij·g_ij - dlse_i in float64, [B, Hq, M]; g_ij: of column sums and entropies."""
     q, k, v, output, lse = (x.double() for x in problem.inputs)
     grads = Gradients(**problem.grads)
     delta = torch.zeros_like(lse)
@@ -38,8 +38,11 @@ def expected_delta(problem):
         delta += (grads.output.double() * output).sum(-1)
     if grads.lse is not None:
         delta -= grads.lse
+    options = {name: x for name, x in problem.options.items() if name not in ("dropout_p", "seed")}
+    if grads.entropy is not None:
+        result = naive_attention(q, k, v, **options)
+        delta += grads.entropy.double() * (result.entropy - result.weights.sum(-1))
     if grads.softmax_col_sum is not None:
-        options = {name: x for name, x in problem.options.items() if name not in ("dropout_p", "seed")}
         weights = naive_attention(q, k, v, **options).weights[:, :, grads.q_begin : grads.q_stop]
         columns = grads.softmax_col_sum.double()
         columns = columns.repeat_interleave(q.shape[1] // columns.shape[1], dim=1)
@@ -73,7 +76,7 @@ def test_what_else_hangs_on_the_normaliser(backward, device, name, case):
 
 def test_weights_through_softcap_and_padding(backward, device):
     real = torch.rand(2, 70, device=device) > 0.3
-    loss = Loss(("output", "total_attention"), (9, 60, 50))
+    loss = Loss(("output", "total_attention", "entropy"), (9, 60, 50))
     check(backward, make_problem(SELF, device=device, loss=loss, softcap=2.0, key_padding_mask=real))
 
 
@@ -120,7 +123,7 @@ def test_poison_stays_in_its_head(backward, device):
 
 
 @pytest.mark.parametrize("case", [SELF, EMPTY_ROWS], ids=str)
-@pytest.mark.parametrize("name", ["output", "lse", "output and softmax sums", "everything"])
+@pytest.mark.parametrize("name", ["output", "lse", "output and softmax sums", "entropy", "everything"])
 def test_gradient_of_sinks(backward, device, case, name):
     """A sink has no value: all that it gets is minus what the others of its row get on average."""
     sinks = torch.randn(2, device=device)

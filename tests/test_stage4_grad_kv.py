@@ -11,11 +11,11 @@ def grad_kv(graded, monkeypatch):
     return Kernel("grad_kv", graded("stage4_backward", "launch"), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["output and lse", "everything"])
+@pytest.mark.parametrize("name", ["output and lse", "entropy", "everything"])
 def test_rows_that_see_nothing_give_nothing(grad_kv, device, name):
     problem = make_problem(SHAPES["M > N"], device=device, loss=LOSSES[name], causal=True)
     expected = grad_kv(problem)
-    for name in ("output", "lse", "scores"):
+    for name in ("output", "lse", "scores", "entropy"):
         if name in problem.grads:
             problem.grads[name][:, :, :117] = 1e6
     for grad, same in zip(grad_kv(problem).values(), expected.values(), strict=True):

@@ -11,7 +11,7 @@ def grad_q(graded, monkeypatch):
     return Kernel("grad_q", graded("stage4_backward", "launch"), monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["output and lse", "everything"])
+@pytest.mark.parametrize("name", ["output and lse", "entropy", "everything"])
 def test_rows_that_see_nothing(grad_q, device, name):
     problem = make_problem(SHAPES["M > N"], device=device, loss=LOSSES[name], causal=True)
     grad = grad_q(problem)["q"]

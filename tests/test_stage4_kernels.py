@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradient_helpers import LOSSES, SHAPES, Kernel, make_problem
+from gradient_helpers import LOSSES, SHAPES, Kernel, Loss, make_problem
 from helpers import CASES, HALF, Case, make_qkv
 from test_stage2_features import FEATURES, options_of
 
@@ -45,9 +45,27 @@ def test_losses_in_half_precision(kernel, device, dtype):
     kernel.check(make_problem(SHAPES["self"], dtype, device, LOSSES["everything"], causal=True))
 
 
+@pytest.mark.parametrize("magnitude", [1e-4, 30.0])
+def test_entropies_of_logits_that_hardly_differ_and_of_large_ones(kernel, device, magnitude):
+    """At 30 most weights are 0, and so is what their logarithm is multiplied by."""
+    problem = make_problem(SHAPES["self"], device=device, loss=LOSSES["entropy"], magnitude=magnitude, causal=True)
+    kernel.check(problem)
+
+
+@pytest.mark.parametrize("loss", [LOSSES["output and entropy"], LOSSES["everything"]], ids=["entropy", "everything"])
+def test_entropies_of_rows_whose_sinks_take_weight(kernel, device, loss):
+    sinks = torch.tensor([3.0, -1.0, 0.5, 2.0], device=device)
+    kernel.check(make_problem(SHAPES["self"], device=device, loss=loss, causal=True, softcap=2.0, sinks=sinks))
+
+
 def test_dropout_is_drawn_again(kernel, device):
     seed = 12345678901  # more than 32 bits
     kernel.check(make_problem(SHAPES["self"], device=device, causal=True, dropout_p=0.3, seed=seed))
+
+
+def test_entropies_are_those_before_dropout(kernel, device):
+    loss = LOSSES["output and entropy"]
+    kernel.check(make_problem(SHAPES["self"], device=device, loss=loss, causal=True, dropout_p=0.3, seed=3))
 
 
 def test_everything_at_once(kernel, device):
@@ -116,7 +134,8 @@ def test_same_bits_twice(kernel, device):
 
 
 def test_never_makes_the_matrix(kernel, device):
-    problem = make_problem(Case(1, 2, 1, 200, 200, 16, True), device=device, loss=LOSSES["query heads"], causal=True)
+    loss = Loss(("total_attention", "entropy"))
+    problem = make_problem(Case(1, 2, 1, 200, 200, 16, True), device=device, loss=loss, causal=True)
     with LargestTensor() as largest:
         kernel(problem)
     assert largest.bytes <= 4 * problem.inputs[0].numel(), f"{largest.bytes} bytes were allocated"

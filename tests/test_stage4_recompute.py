@@ -84,8 +84,10 @@ def test_everything_at_once(recompute):
 
 
 @pytest.mark.parametrize("magnitude", [1e-4, 300.0])
-def test_magnitudes(recompute, magnitude):
-    check(recompute, make_problem(SHAPES["self"], magnitude=magnitude, causal=True))
+@pytest.mark.parametrize("name", ["output", "entropy"])
+def test_magnitudes(recompute, magnitude, name):
+    """Weights that hardly differ, and ones of 0 whose logarithm is beyond what fp32 tells from it."""
+    check(recompute, make_problem(SHAPES["self"], magnitude=magnitude, loss=LOSSES.get(name, OUTPUT), causal=True))
 
 
 def test_any_strides(recompute):
@@ -97,13 +99,13 @@ def test_any_strides(recompute):
     check(recompute, problem)
 
 
-@pytest.mark.parametrize("name", ["output and lse", "everything"])
+@pytest.mark.parametrize("name", ["output and lse", "entropy", "everything"])
 def test_rows_that_see_nothing(recompute, name):
     sinks = torch.randn(2)
     problem = make_problem(SHAPES["M > N"], loss=LOSSES[name], causal=True, sinks=sinks)
     grad_q, *others = recompute(problem)
     assert (grad_q[:, :, :117] == 0).all()
-    for name in ("output", "lse", "scores"):
+    for name in ("output", "lse", "scores", "entropy"):
         if name in problem.grads:
             problem.grads[name][:, :, :117] = 1e6
     for grad, same in zip(recompute(problem), (grad_q, *others), strict=True):
@@ -125,6 +127,7 @@ def test_never_makes_the_matrix(recompute):
     q, k, v = make_qkv(Case(1, 2, 1, 1024, 1024, 16, True))
     inputs = (q, k, v, torch.randn_like(q), torch.full(q.shape[:3], 8.0))
     grads = {"output": torch.randn_like(q), "softmax_col_sum": torch.randn(1, 1, 1024), "lse": torch.randn(1, 2, 1024)}
+    grads["entropy"] = torch.randn(1, 2, 1024)
     problem = make_problem(Case(1, 1, 1, 1, 1, 1, True))._replace(inputs=inputs, grads=grads)
     with LargestTensor() as largest:
         recompute(problem._replace(options={"causal": True, "window": (300, None)}))
@@ -145,7 +148,9 @@ def test_gradcheck_of_the_function(graded, is_causal):
     assert torch.autograd.gradcheck(function.apply, (q[:, 0], k[:, 0], v[:, 0], is_causal))
 
 
-@pytest.mark.parametrize("loss", [OUTPUT, RAW_SUMS["all sums"]], ids=["output", "all sums"])
+@pytest.mark.parametrize(
+    "loss", [OUTPUT, RAW_SUMS["all sums"], LOSSES["entropy"]], ids=["output", "all sums", "entropy"]
+)
 def test_many_tiles_are_compiled(recompute, graded, monkeypatch, loss):
     """Where there are many, the step is `torch.compile`d; here it is only traced, into few graphs for all shapes."""
     module = graded("stage4_backward", "recompute_pytorch")

@@ -28,7 +28,7 @@ def recompute_backward(
     block_m: int = 64,
     block_n: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute the gradients of attention, and of its scores and sums, from q, k, v, the output and the lse.
+    """Compute the gradients of attention, its scores, sums and entropies, from q, k, v, the output and the lse.
 
     Args:
         q, k, v, setting: as in the forward pass, [B, H, N, D].
@@ -46,12 +46,12 @@ def recompute_backward(
     grad_output = torch.zeros_like(output) if grads.output is None else grads.output
     grad_output = grad_output.to(wide).unflatten(1, heads)  # [B, Hk, G, M, Dv]
     row_lse = lse.unflatten(1, heads)[..., None]  # [B, Hk, G, M, 1]
-    column_grads = _ColumnGrads(grid, grads)
+    column_grads = _ColumnGrads(grid, grads, row_lse)
 
     raise NotImplementedError("Task 4.1: step 1: delta, the number that each row subtracts")
     if grads.lse is not None:
         raise NotImplementedError("Task 4.1: step 2: what the gradient of the lse changes in delta")
-    if grads.softmax_col_sum is not None:  # the softmax's own backward: P·g
+    if grads.softmax_col_sum is not None or grads.entropy is not None:  # the softmax's own backward: P·g
         raise NotImplementedError("Task 4.6: walk the weights once more, and add P·g to delta")
 
     grad_q = torch.zeros(grid.q.shape, dtype=wide, device=q.device)
@@ -98,7 +98,7 @@ def tile_gradients(
         grad_output: [B, Hk, G, m, Dv].
         v_tile: [B, Hk, 1, n, Dv].
         delta: [B, Hk, G, m, 1].
-        column_grads: broadcasts to the tile, added to the gradient of the weights.
+        column_grads: broadcasts to the tile, added to the gradient of the weights; column sums gave it, and entropies.
         factor: [B, Hk, G, m, n] or None, what dropout multiplies the weights by.
 
     Returns:
@@ -120,9 +120,9 @@ def tile_step(device_type: str) -> Callable:
 
 
 class _ColumnGrads:
-    """Gradients that reach tiles through scores and sums, cut to the part of the matrix that was summed."""
+    """Gradients that reach tiles through scores, sums and entropies; sums, where the matrix was summed."""
 
-    def __init__(self, grid: TileGrid, grads: Gradients):
+    def __init__(self, grid: TileGrid, grads: Gradients, row_lse: Tensor):
         self.heads = grid.q.shape[1:3]
         self.grads = grads
         self.grid = grid
@@ -131,6 +131,7 @@ class _ColumnGrads:
         self.counted[grads.q_begin : q_stop] = 1
         self.columns = self._of_all_keys(grads.col_sum)
         self.softmax_columns = self._of_all_keys(grads.softmax_col_sum)
+        self.row_lse = row_lse  # [B, Hk, G, M, 1]
 
     def _of_all_keys(self, grad: Tensor | None) -> Tensor | None:
         """Return [B, Hk, 1 or G, 1, N], 0 for keys that were not summed."""
@@ -141,9 +142,14 @@ class _ColumnGrads:
 
     def of_weights(self, tile) -> Tensor | float:
         """Return what is added to a tile's gradient of weights."""
-        if self.softmax_columns is None:
-            return 0.0
-        return self.softmax_columns[..., tile.k_cols] * self.counted[tile.q_rows]
+        total = 0.0
+        if self.softmax_columns is not None:
+            total = total + self.softmax_columns[..., tile.k_cols] * self.counted[tile.q_rows]
+        if self.grads.entropy is not None:
+            rows = self.grads.entropy.to(self.grid.wide).unflatten(1, self.heads)[..., tile.q_rows, None]
+            slope = self.row_lse[..., tile.q_rows, :] - tile.logits - 1  # dH/dP = -ln P - 1
+            total = total + rows * slope.masked_fill(torch.isneginf(tile.logits), 0)
+        return total
 
     def of_scores(self, tile) -> Tensor | float:
         """Return what is added to a tile's gradient of raw scores, 0 where not visible."""

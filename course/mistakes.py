@@ -466,9 +466,9 @@ MISTAKES = [
     ),
     Mistake(
         "column_sums_of_the_wrong_group",
-        "stage3_scores_and_sums/column_sums.py",
-        "torch.sum(parts.view(batch, n_kv_heads, group, k_stop), 2, out=out)",
-        "torch.sum(parts.view(batch, group, n_kv_heads, k_stop), 1, out=out)",
+        COLUMNS,
+        "first_head // loop.tiles.GROUP, k_start",
+        "first_head % (N_HEADS // loop.tiles.GROUP), k_start",
         SOFTMAX_SUMS + "test_matches_oracle[b1-h4k2-m63n63-d64-causal]",
         "Query heads 0 … G-1 share key head 0: heads of a group lie side by side.",
     ),

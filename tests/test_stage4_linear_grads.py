@@ -130,7 +130,7 @@ def test_what_is_not_finite_stays_in_its_head(linear_grads, device, value):
 def test_empty_tensors(linear_grads, device):
     q, k, _ = make_qkv(CASES[0], device=device)
     check(linear_grads, q, k)  # one that is not empty
-    for shape in [(0, 2, 2, 5, 5), (1, 2, 1, 0, 5), (1, 2, 1, 5, 0)]:
+    for shape in [(0, 2, 2, 5, 5), (1, 0, 2, 5, 5), (1, 2, 1, 0, 5), (1, 2, 1, 5, 0)]:
         q, k, _ = make_qkv(Case(*shape, 16, False), device=device)
         of_rows = linear_grads.linear_row_sum_grads(q, k, torch.randn(q.shape[:3], device=device))
         of_columns = linear_grads.linear_col_sum_grads(q, k, torch.randn(k.shape[:3], device=device))

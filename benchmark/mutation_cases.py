@@ -19,7 +19,7 @@ LINEAR_GRADS = [
     "test_stage4_linear_grads.py::test_scale_and_strides",
     "test_stage4_linear_grads.py::test_padding",
     "test_stage4_linear_grads.py::test_cross_token_regions",
-    "test_stage4_linear_grads.py::test_half_precision",
+    "test_stage4_linear_grads.py::test_another_default_dtype_changes_nothing",
 ]
 SUMS = [
     "test_library_sums.py::test_every_function_matches_the_oracle",
@@ -123,7 +123,7 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
         "test_stage2_features.py::test_values_of_another_width",
         "test_stage2_features.py::test_fp8",
         "test_stage2_tiles.py::test_what_a_call_does_chooses_its_tiles",
-        "test_stage2_forward.py::test_half_precision",
+        "test_stage2_forward.py::test_another_default_dtype_changes_nothing",
         "test_stage3_scores.py::test_region",
         "test_stage2_features.py::test_features",
     ],
@@ -248,7 +248,7 @@ NOT_READ = "nobody reads it in this case"
 EMPTY_GRID = "saves the launch; of an empty grid nothing runs"
 THROWN_AWAY = "the output is thrown away; it takes time alone"
 SPEED = "decides about nothing but the order of programs or the size of tiles"
-DONE_TWICE = "transformers' own `reset` does it as well, since version 5"
+DONE_TWICE = "transformers' own `reset` does it as well, in the version that is installed"
 AS_GOOD_AS_NONE = "0 and None stand alike for the width of the tensor itself"
 APPLY = "return _Attention.apply(attend, backward, statistic, setting._replace({}), own, q, k, v, setting.sinks)"
 COL_SUM_OWN = '{{"algorithm": ("str", "linear"), "q_begin": ("int", {}), "k_stop": ("int?", None)}},'

@@ -253,6 +253,7 @@ def test_eviction_starts_anew_after_reset():
     first = run(model, cache, tokens(), left_padding())
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
     assert torch.equal(run(model, cache, tokens(), left_padding()), first)
 
 

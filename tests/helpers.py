@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -77,6 +78,17 @@ def assert_right(name, actual, oracle, naive, dtype=None, atol=0.0):
     assert result.max_error <= result.allowed + atol, (
         f"{name}: error {result.max_error:.3g}, allowed {result.allowed:.3g}"
     )
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Make tensors of this dtype where none is named, as transformers does while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _widen(x):

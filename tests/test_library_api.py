@@ -162,6 +162,47 @@ def test_dropout_without_a_seed_follows_torch(device):
     assert not torch.allclose(first, second)
 
 
+DRAWING = [name for name in FUNCTIONS if "seed" in inspect.signature(getattr(library, name)).parameters]
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_seed_that_is_not_given_is_drawn_anew(name):
+    q, k, v = make_qkv(Case(1, 2, 1, 9, 13, 16, True))
+    arguments = {"q": q, "k": k, "v": v, "dropout_p": 0.5}
+    function = getattr(library, name)
+    if "split" in inspect.signature(function).parameters:
+        arguments["split"] = 5
+    if name == "attention_with_reduction":
+        arguments["row"] = lambda acc, logits, weights, q_idx, k_idx: acc
+    outputs = []
+    for drawn in (3, None, 3):
+        if drawn is not None:
+            torch.manual_seed(drawn)
+        output = function(**arguments)
+        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+def test_sequential_sums_have_the_defaults_of_the_others():
+    sequential = inspect.signature(library.attention_with_col_sum_sequential).parameters
+    expected = dict(inspect.signature(library.attention_with_col_sum).parameters)
+    assert expected.pop("algorithm").default == "linear"
+    assert [(x.name, x.kind, x.default) for x in sequential.values()] == [
+        (x.name, x.kind, x.default) for x in expected.values()
+    ]
+
+
+def test_kernels_are_imported_once(device, monkeypatch):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from flash_attention_with_scores import problem
+
+    q = torch.zeros(1, 1, 1, 16, device=device)
+    first = problem.choose_backend("triton", q)
+    monkeypatch.delattr(problem, "_import_kernels")
+    assert problem.choose_backend("triton", q) is first
+
+
 def test_pytorch_backend_is_differentiable():
     q, k, v = (x[:, :, :9].requires_grad_() for x in make_qkv(Case(1, 2, 1, 9, 9, 4, True), torch.float64))
 

@@ -219,6 +219,7 @@ TAKEN = {  # the last values that are
     "much dropout": {"dropout_p": 0.99, "seed": 1},
     "a whole scale": {"sm_scale": 1},
     "no scale": {"sm_scale": 0},
+    "a small softcap": {"softcap": 0.5},
     "wide heads": {name: torch.randn(1, 1, 3, 256) for name in ("q", "k", "v")},
     "narrow heads": {name: torch.randn(1, 1, 3, 1) for name in ("q", "k", "v")},
     "wide values": {"v": torch.randn(1, 2, 12, 256)},

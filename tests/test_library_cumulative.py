@@ -148,3 +148,10 @@ def test_the_library_does_not_need_transformers():
     code = "import sys, flash_attention_with_scores as f; assert 'transformers' not in sys.modules; f.no_such_name"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "has no attribute 'no_such_name'" in run.stderr, run.stderr
+
+
+def test_fp8_is_refused(device):
+    q, k, v = (torch.randn(1, 2, 6, 16, device=device).to(torch.float8_e4m3fn) for _ in range(3))
+    for scores in (None, torch.zeros(1, 2, 6, device=device)):
+        with pytest.raises(TypeError, match=r"q must be fp16, bf16, fp32 or fp64, got torch\.float8_e4m3fn"):
+            flash_attention_with_cumulative_scores(q, k, v, cumulative_scores=scores)

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 from eviction_oracle import DEVICE, NeverEvict, make_model
 from huggingface_models import VOCABULARY
+from transformers import LlamaConfig, LlavaConfig
 from transformers.cache_utils import DynamicCache
 
 from flash_attention_with_scores.eviction import (
@@ -20,7 +21,7 @@ from flash_attention_with_scores.eviction import (
     SnapKV,
     StreamingLLM,
 )
-from flash_attention_with_scores.huggingface import replace_attention_with_flash, restore_attention
+from flash_attention_with_scores.huggingface import NAME, replace_attention_with_flash, restore_attention
 
 ATOL = 5e-5  # of logits of magnitude 5, in float32
 POLICIES = {
@@ -252,6 +253,7 @@ def test_eviction_starts_anew_after_reset():
     first = run(model, cache, tokens(), left_padding())
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
     assert torch.equal(run(model, cache, tokens(), left_padding()), first)
 
 
@@ -355,3 +357,22 @@ def test_eviction_random_draws_from_its_seed():
     many = Random().keep(None, positions.repeat(500, 1, 1), 10)
     counts = many.flatten().bincount(minlength=30)  # of 3000 draws each is kept in 1000, with a deviation of 26
     assert ((counts - 1000).abs() < 150).all()
+
+
+def test_sizes_of_masks_by_number_or_by_positions():
+    """transformers 4 hands over the positions of the new tokens, later versions their number."""
+    layer = EvictingLayer(H2O())
+    keys = torch.randn(1, 2, 7, 16)
+    layer.update(keys, keys)
+    for new in (5, torch.arange(7, 12)):
+        assert layer.get_mask_sizes(new) == (12, 0)
+
+
+def test_the_attention_of_a_model_of_several_kinds_is_that_of_its_text():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = LlavaConfig(text_config=LlamaConfig(**sizes))
+    config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="llava has another attention"):
+        EvictingCache(config, H2O(), 5)
+    config.text_config._attn_implementation = NAME
+    assert len(evicting_layers(EvictingCache(config, H2O(), 5))) == 2

@@ -433,6 +433,22 @@ def test_opcheck_of_statistics(device, name):
     torch.library.opcheck(operator.op, arguments)
 
 
+def test_an_operator_gives_its_output_and_sinks_their_gradients(device):
+    """What a compiled model runs; other results of the operator have no gradients, and nobody asks for them."""
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from stage4_backward.operators import attention_with_stats
+
+    arguments = forward_arguments(device, sinks=True)
+    inputs = dict(zip(("q", "k", "v", "sinks"), (*arguments[:3], arguments[-3]), strict=True))
+    output, *_ = attention_with_stats.op(*arguments)
+    grad = torch.randn_like(output)
+    expected = naive_attention(*arguments[:3], True, 0.25, window=(6, None), sinks=arguments[-3]).output
+    for actual, truth in zip(
+        gradients([output], inputs, [grad]).values(), gradients([expected], inputs, [grad]).values(), strict=True
+    ):
+        torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-5)
+
+
 def test_opcheck_of_scores_alone(device):
     pytest.importorskip("triton", reason="Triton has no wheels for this platform")
     from stage4_backward.operators import scores_op

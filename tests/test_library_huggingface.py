@@ -321,6 +321,13 @@ def test_restore():
             function(model)
 
 
+def test_weights_are_returned_only_to_those_who_ask():
+    model = replace_attention_with_flash(copy.deepcopy(eager_model(LLAMA)))
+    with torch.no_grad():
+        for asked in (True, False, True):
+            assert bool(model(tokens(), **({"output_attentions": True} if asked else {})).attentions) == asked
+
+
 @pytest.mark.parametrize("name", [LLAMA, GPT_OSS])
 def test_training(name):
     ids = tokens()

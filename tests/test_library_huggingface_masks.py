@@ -137,3 +137,22 @@ def test_biases_are_refused(name):
     attend = transformers.AttentionInterface()["attn_with_scores"]
     with pytest.raises(ValueError, match=f"LlamaAttention passes {name}, which attention with scores cannot apply"):
         attend(model.model.layers[0].self_attn, q, k, k, None, **{name: torch.ones(4)})
+
+
+def test_causal_masks_of_a_cache_that_has_dropped_keys():
+    """Keys 6 to 13 are there, and queries 10 to 12: of room for eight keys, seven are written."""
+    mask = make_mask(2, 8, q_length=3, q_offset=10, kv_offset=6)
+    assert mask.shape == (2, 7)
+    assert mask.all()
+
+
+def test_one_query_that_sees_everything_needs_no_mask():
+    sizes = {"q_length": 1, "q_offset": 7, "device": torch.device("cpu"), "dtype": torch.float32}
+    assert make_mask(2, 8, **sizes) is None
+    assert make_mask(2, 8, allow_is_causal_skip=False, **sizes) is not None
+
+
+def test_queries_that_see_only_what_follows_are_refused():
+    mask = torch.ones(4, 9, dtype=torch.bool).triu(1 + 5)[None, None]  # the kernels' windows hold the query's own key
+    with pytest.raises(ValueError, match="neither that of causal order and padding"):
+        read_mask(mask, 4, 9, 9, True, None)

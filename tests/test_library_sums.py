@@ -228,6 +228,29 @@ def test_reused_buffers(device, backend, name):
     assert torch.equal(second[1], before), "a tensor that was returned must outlive the workspace"
 
 
+@pytest.mark.parametrize("buffered", [False, True])
+@pytest.mark.parametrize("k_stop", [None, SPLIT])
+def test_only_buffered_sums_keep_the_scores_of_their_region(device, monkeypatch, k_stop, buffered):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from flash_attention_with_scores import triton_backend
+    from flash_attention_with_scores.backend import Room
+    from flash_attention_with_scores.workspace import buffer
+    from stage1_pytorch_tiled.setting import Setting
+
+    shapes = {}
+
+    def noted(name, shape, dtype, device):
+        shapes[name] = tuple(shape)
+        return buffer(name, shape, dtype, device)
+
+    monkeypatch.setattr(triton_backend, "buffer", noted)
+    q, k, v = make_qkv(SMALL, device=device)
+    region = {"q_begin": 4, "k_stop": k_stop, "buffered": buffered}
+    triton_backend.attention_with_softmax_col_sum(q, k, v, Setting(), **region, room=Room(reuse=True))
+    scores = {"kernels' scores": (1, 2, 17 - 4, k_stop or 33)} if buffered else {}
+    assert shapes == {"kernels' lse": (1, 2, 17)} | scores
+
+
 def test_dtypes_do_not_share_their_buffers(device):
     q, k, v = make_qkv(SMALL, device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

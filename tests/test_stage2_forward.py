@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, assert_right, flat, make_qkv, references
+from helpers import CASES, HALF, Case, assert_right, default_dtype, flat, make_qkv, references
 
 from stage1_pytorch_tiled.philox import keep_mask
 
@@ -37,6 +37,17 @@ def test_matches_oracle(launch, device, kernel, case):
 @pytest.mark.parametrize("case", [SELF, CACHE, CASES[-1]], ids=str)
 def test_half_precision(launch, device, kernel, dtype, case):
     check(getattr(launch, kernel), *make_qkv(case, dtype, device), case.causal)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_another_default_dtype_changes_nothing(launch, device, kernel):
+    q, k, v = make_qkv(SELF, device=device)
+    expected = getattr(launch, kernel)(q, k, v, True)
+    with default_dtype(torch.bfloat16):
+        actual = getattr(launch, kernel)(q, k, v, True)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -52,7 +52,7 @@ def test_features(launch, device, name, n_k):
 
 
 @pytest.mark.parametrize("n_k", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("region", [(0, 20), (13, 24), (13, None), (20, 77), (3, 64)], ids=str)
+@pytest.mark.parametrize("region", [(0, 20), (1, None), (13, 24), (13, None), (20, 77), (3, 64)], ids=str)
 def test_region(launch, device, region, n_k):
     q, k, v = make_qkv(CACHE._replace(n_k=n_k), device=device)
     q_begin, k_stop = region[0], n_k if region[1] is None else region[1]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CASES, HALF, Case, flat, make_qkv
+from helpers import CASES, HALF, Case, default_dtype, flat, make_qkv
 from test_stage3_linear_sums import MASKS, NARROW, SHAPES
 
 from course.grader import compare
@@ -127,10 +127,21 @@ def test_what_is_not_finite_stays_in_its_head(linear_grads, device, value):
     assert not gradients()[2][1, :2, 35:].isfinite().any()
 
 
+def test_another_default_dtype_changes_nothing(linear_grads, device):
+    q, k, _ = make_qkv(SELF, device=device)
+    grad = torch.randn(q.shape[:3], device=device)
+    expected = linear_grads.linear_row_sum_grads(q, k, grad, True)
+    with default_dtype(torch.bfloat16):
+        actual = linear_grads.linear_row_sum_grads(q, k, grad, True)
+    for x, y in zip(actual, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y)
+
+
 def test_empty_tensors(linear_grads, device):
     q, k, _ = make_qkv(CASES[0], device=device)
     check(linear_grads, q, k)  # one that is not empty
-    for shape in [(0, 2, 2, 5, 5), (1, 2, 1, 0, 5), (1, 2, 1, 5, 0)]:
+    for shape in [(0, 2, 2, 5, 5), (1, 0, 2, 5, 5), (1, 2, 1, 0, 5), (1, 2, 1, 5, 0)]:
         q, k, _ = make_qkv(Case(*shape, 16, False), device=device)
         of_rows = linear_grads.linear_row_sum_grads(q, k, torch.randn(q.shape[:3], device=device))
         of_columns = linear_grads.linear_col_sum_grads(q, k, torch.randn(k.shape[:3], device=device))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attention_with_scores as library
-from benchmark.measure import failure, median_ms, spread
+from benchmark.measure import median_ms, spread
 
 SHAPE = {"batch": 1, "n_heads": 8, "n_kv_heads": 2, "n": 256, "head_dim": 64}  # shorter on the GPU than in Python
 DECODING = {"batch": 1, "n_heads": 32, "n_kv_heads": 8, "head_dim": 128}
@@ -56,17 +56,21 @@ def peers(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> dict[str, Cal
     return {"SDPA": sdpa, "SDPA, FlashAttention-2": flash}
 
 
-def host_us(call: Call, calls: int = 100, rounds: int = 20) -> float:
-    """Return the time after which a call comes back, in microseconds: the shortest mean of several rounds."""
-    times = []
+def host_us(calls: dict[tuple[str, str], Call], repeats: int = 100, rounds: int = 30) -> dict[tuple[str, str], float]:
+    """Return the time after which each call comes back, in microseconds: the shortest mean of many rounds.
+
+    A round takes every call in turn, so that what else the machine does for a while spoils none of them altogether.
+    """
+    shortest = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-        torch.cuda.synchronize()
-    return min(times) * 1e6
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            shortest[name] = min(shortest[name], (time.perf_counter() - start) / repeats * 1e6)
+    torch.cuda.synchronize()
+    return shortest
 
 
 def forward_and_backward(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> Call:
@@ -89,25 +93,26 @@ def host_rows() -> Iterator[dict]:
     def step(attend):
         return lambda: forward_and_backward(attend, qkv)
 
-    makers = {("plain", name): lambda call=call: call for name, call in (peers(*qkv) | operators(*qkv)).items()}
-    makers |= {("forward and backward", name): step(f) for name, f in {"SDPA": sdpa, "attention": ours}.items()}
+    ready = {("plain", name): call for name, call in (peers(*qkv) | operators(*qkv)).items()}
+    ready |= {("forward and backward", name): step(f)() for name, f in {"SDPA": sdpa, "attention": ours}.items()}
     for n in DECODE_LENGTHS:
         token = tensors(**DECODING, n=n, n_q=1)
         mine = operators(*token) | {"SDPA": peers(*token, causal=False)["SDPA"]}
-        for name in ("SDPA", "attention", "softmax column sum"):
-            makers[f"decoding, N = {n}", name] = lambda call=mine[name]: call
-    for name, attend in {"SDPA": sdpa, "attention": ours}.items():  # last: what the compiler leaves slows others down
-        compiled = torch.compile(attend, fullgraph=True)
-        makers["compiled", name] = lambda compiled=compiled: partial(compiled, *qkv)
-        makers["compiled, forward and backward", name] = step(torch.compile(attend, fullgraph=True))
-    for (way, name), make in makers.items():
-        try:
-            call = make()
-            for _ in range(50):
-                call()
-            yield {"way": way, "name": name, "host_us": host_us(call), "called_us": 1e3 * median_ms(call, 10, 40)}
-        except Exception as error:
-            yield {"way": way, "name": name, "error": failure(error)}
+        ready |= {(f"decoding, N = {n}", name): mine[name] for name in ("SDPA", "attention", "softmax column sum")}
+    yield from _timed(ready)
+    compiled = {}  # last: what the compiler leaves behind slows everything down
+    for name, attend in {"SDPA": sdpa, "attention": ours}.items():
+        compiled["compiled", name] = partial(torch.compile(attend, fullgraph=True), *qkv)
+        compiled["compiled, forward and backward", name] = step(torch.compile(attend, fullgraph=True))()
+    yield from _timed(compiled)
+
+
+def _timed(calls: dict[tuple[str, str], Call]) -> Iterator[dict]:
+    for call in calls.values():
+        for _ in range(20):
+            call()
+    for (way, name), us in host_us(calls).items():
+        yield {"way": way, "name": name, "host_us": us, "called_us": 1e3 * median_ms(calls[way, name], 10, 40)}
 
 
 def called_rows() -> Iterator[dict]:

@@ -31,7 +31,7 @@ HUGGINGFACE = [
     "test_library_huggingface_masks.py",
     "test_library_huggingface.py::test_masks_of_the_callers_own",
     "test_library_huggingface.py::test_masks_that_cannot_be_kept",
-    "test_library_huggingface.py::test_weights_are_returned_only_to_those_who_ask",
+    "test_library_huggingface.py::test_weights_are_wanted_only_while_somebody_asks",
     "test_library_huggingface.py::test_gpt2_scales",
     "test_library_huggingface.py::test_gpt2_cross_attention",
     "test_library_huggingface.py::test_weights_slot_and_filter",
@@ -51,6 +51,7 @@ HUGGINGFACE = [
     "test_library_huggingface.py::test_generate",
 ]
 OPCHECKS = [
+    "test_library_gradients.py::test_an_operator_gives_its_output_and_sinks_their_gradients",
     "test_library_api.py::test_only_plain_calls_pass_the_operators_by",
     "test_library_attention.py::test_opcheck",
     "test_library_sums.py::test_opcheck",
@@ -59,7 +60,6 @@ OPCHECKS = [
     "test_library_gradients.py::test_opcheck_of_statistics",
     "test_library_gradients.py::test_opcheck_of_scores_alone",
     "test_library_gradients.py::test_opcheck_of_the_backward_pass",
-    "test_library_gradients.py::test_an_operator_gives_its_output_and_sinks_their_gradients",
 ]
 DIFFERENTIATED = [
     "test_library_gradients.py::test_every_result_is_differentiable",
@@ -188,9 +188,9 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
     "flash_attention_with_scores/triton_backend.py": BACKENDS,
     "flash_attention_with_scores/pytorch_backend.py": [
         *BACKENDS,
+        "test_library_gradients.py::test_scores_of_keys_that_nobody_sees_have_gradients_of_zero",
         *DIFFERENTIATED,
         "test_library_gradients.py::test_gradcheck",
-        "test_library_gradients.py::test_scores_of_keys_that_nobody_sees_have_gradients_of_zero",
         "test_library_api.py::test_only_the_scores_are_of_quadratic_size",
         "test_library_sums.py::test_empty_tensors_and_empty_sums",
     ],
@@ -200,7 +200,11 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
         "test_library_gradients.py::test_compiles_into_one_graph",
     ],
     "stage4_backward/differentiable.py": DIFFERENTIATED,
-    "stage4_backward/gradients.py": [*DIFFERENTIATED, *OPCHECKS],
+    "stage4_backward/gradients.py": [
+        "test_stage4_kernels.py::test_column_sums_are_of_all_queries_where_nothing_else_is_said",
+        *DIFFERENTIATED,
+        *OPCHECKS,
+    ],
     "stage4_backward/statistics.py": [*OPCHECKS, *DIFFERENTIATED],
     "flash_attention_with_scores/huggingface/attention.py": HUGGINGFACE,
     "flash_attention_with_scores/huggingface/masks.py": HUGGINGFACE,

@@ -27,6 +27,7 @@ from flash_attention_with_scores.huggingface import (  # noqa: E402
     reset_cumulative_scores,
     restore_attention,
 )
+from flash_attention_with_scores.huggingface.attention import Requests  # noqa: E402
 from flash_attention_with_scores.huggingface.score_keeping import keep_scores  # noqa: E402
 
 LLAMA, GPT2, NEOX, QWEN2, GEMMA2, GPT_OSS = (
@@ -321,11 +322,17 @@ def test_restore():
             function(model)
 
 
-def test_weights_are_returned_only_to_those_who_ask():
-    model = replace_attention_with_flash(copy.deepcopy(eager_model(LLAMA)))
-    with torch.no_grad():
-        for asked in (True, False, True):
-            assert bool(model(tokens(), **({"output_attentions": True} if asked else {})).attentions) == asked
+def test_weights_are_wanted_only_while_somebody_asks():
+    model, requests = eager_model(LLAMA), Requests("weights", None)
+    requests.end()  # of a pass that nobody saw begin
+    assert not requests.weights
+    requests.begin(model, (), {"output_attentions": True})
+    requests.begin(model, (), {})  # a model within the model
+    assert requests.weights
+    requests.end()
+    assert requests.weights
+    requests.end()
+    assert not requests.weights
 
 
 @pytest.mark.parametrize("name", [LLAMA, GPT_OSS])

@@ -58,7 +58,7 @@ class Tape(NamedTuple):
     results: list[Result | None]
 
 
-_tapes: dict[Hashable, Tape | None] = {}  # None: seen once, or not to be written down
+_tapes: dict[Hashable, Tape | None] = {}  # None: of a call that leaves none
 _seen: set[Hashable] = set()
 
 

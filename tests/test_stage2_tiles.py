@@ -9,15 +9,11 @@ from helpers import Case, make_qkv
 triton = pytest.importorskip("triton", reason="Triton has no wheels for this platform")
 tl = triton.language
 
-from stage1_pytorch_tiled.setting import Setting  # noqa: E402
-from stage2_triton_forward import tile_config  # noqa: E402
-from stage2_triton_forward.describe import describable, describe_mask, descriptor, readable  # noqa: E402
+from stage2_triton_forward.describe import describe_mask, descriptor  # noqa: E402
 from stage2_triton_forward.forward_kernel import Logits, Loop, Tiles  # noqa: E402
 from stage2_triton_forward.hook import PLAIN, Place  # noqa: E402
-from stage2_triton_forward.launch import config_of  # noqa: E402
 from stage2_triton_forward.launcher import as_triton_takes_it  # noqa: E402
 from stage2_triton_forward.tiles import Dropout, SoftmaxState  # noqa: E402
-from stage3_scores_and_sums import hooks  # noqa: E402
 
 BLOCK = 16
 WINDOWS = {
@@ -224,44 +220,3 @@ def test_merge_of_parts(graded, device, n_splits, with_sinks):
     shares = torch.exp(part_lse.double() - expected.nan_to_num(neginf=0))
     truth = (parts.double() * shares[..., None]).sum(0)
     torch.testing.assert_close(output.double().cpu(), truth, rtol=1e-5, atol=1e-5)
-
-
-ARGUMENTS = {  # of config_of, and which row of the table it must take on an H100
-    "plain": ({}, "plain"),
-    "causal": ({"setting": Setting(causal=True)}, "plain"),
-    "right window": ({"setting": Setting(window=(None, 5))}, "plain"),
-    "left window": ({"setting": Setting(window=(5, None))}, "guarded"),
-    "padding": ({"setting": Setting(key_padding_mask=torch.ones(1, 300, dtype=torch.bool))}, "guarded"),
-    "softcap": ({"setting": Setting(softcap=2.0)}, "guarded"),
-    "a hook at the logits": ({"hook": hooks.ROW_SUM}, "guarded"),
-    "a hook at the weights": ({"hook": hooks.STATS._replace(ON_LOGITS=PLAIN.ON_LOGITS)}, "guarded"),
-    "a hook at the start": ({"hook": hooks.QUERY_SUMS}, "plain"),
-    "storing": ({"storing": True}, "storing"),
-    "dropout": ({"setting": Setting(dropout_p=0.5)}, "dropout"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "row"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_what_a_call_does_chooses_its_tiles(monkeypatch, arguments, row):
-    rows = tile_config.Rows(*(tile_config.TileConfig(16, 16, 4, n) for n in range(6)))
-    monkeypatch.setattr(tile_config, "architecture", lambda: None)
-    monkeypatch.setattr(tile_config, "_table", lambda arch: {64: rows})
-    tile_config._forward_config.cache_clear()
-    q = torch.empty(1, 2, 100, 64, dtype=torch.float16)
-    try:
-        assert config_of(q, q, **({"setting": Setting()} | arguments)) == getattr(rows, row)
-    finally:
-        tile_config._forward_config.cache_clear()
-
-
-def test_a_result_is_filled_in_place_where_a_descriptor_takes_it():
-    whole = torch.empty(2, 3, 5, 12)
-    for x in (whole, whole[..., :9], whole[:, :, :1].as_strided((2, 3, 1, 12), (180, 60, 7, 1))):
-        assert describable(x) is x
-    assert readable(None) is None
-    for x in (torch.empty(2, 3, 5, 9), whole.flatten()[1:61].view(1, 1, 5, 12), whole.mT):
-        room = describable(x)
-        assert room is not x
-        assert room.shape == x.shape
-        assert describable(room) is room
-        assert room.stride(2) == -(-x.shape[3] // 4) * 4  # the next multiple of 16 bytes

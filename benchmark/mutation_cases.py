@@ -201,7 +201,7 @@ TESTS = {  # by file, the likeliest and fastest first: files and tests of the fo
     ],
     "stage4_backward/differentiable.py": DIFFERENTIATED,
     "stage4_backward/gradients.py": [
-        "test_stage4_kernels.py::test_column_sums_are_of_all_queries_where_nothing_else_is_said",
+        "test_library_gradients.py::test_column_sums_are_of_all_queries_where_nothing_else_is_said",
         *DIFFERENTIATED,
         *OPCHECKS,
     ],

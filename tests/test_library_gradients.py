@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from gradient_helpers import make_problem
 from helpers import Case, make_qkv
 from torch.utils.checkpoint import checkpoint
 
 import flash_attention_with_scores as library
 from course.grader import compare
 from flash_attention_with_scores import attention, attention_with_row_sum, attention_with_scores, naive_attention
+from stage1_pytorch_tiled.setting import Setting
+from stage4_backward.gradients import Gradients
 
 CACHE = Case(1, 4, 2, 21, 90, 16, True)
 EMPTY_ROWS = Case(1, 2, 1, 70, 33, 16, True)
@@ -572,3 +575,16 @@ def test_runs_in_a_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert all(map(torch.equal, captured, step()))
+
+
+def test_column_sums_are_of_all_queries_where_nothing_else_is_said(device):
+    pytest.importorskip("triton", reason="Triton has no wheels for this platform")
+    from stage4_backward import launch
+
+    q, k, v, output, lse = make_problem(Case(2, 2, 1, 21, 150, 16, True), device=device, causal=True).inputs
+    grad = torch.randn(2, 1, 150, device=device)
+    grad_q, grad_k, *_ = launch.backward(q, k, v, output, lse, Gradients(col_sum=grad), Setting(causal=True))
+    q, k = q.requires_grad_(), k.requires_grad_()
+    col_sum = naive_attention(q, k, v, True).col_sum
+    for actual, expected in zip((grad_q, grad_k), torch.autograd.grad(col_sum, (q, k), grad), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

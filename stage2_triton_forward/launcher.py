@@ -19,7 +19,11 @@ from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _KNOWN_VERSIONS = ("3.6.",)  # of Triton, whose launchers are built as below; any other launches in its own way
-_REPEATS = triton.__version__.startswith(_KNOWN_VERSIONS) and not knobs.runtime.interpret
+_IS_KNOWN = triton.__version__.startswith(_KNOWN_VERSIONS)
+_REPEATS = _IS_KNOWN and not knobs.runtime.interpret
+if _IS_KNOWN:
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import BaseBackend
 
 
 class Layout(NamedTuple):
@@ -86,6 +90,8 @@ def launch(kernel, grid: tuple[int, ...], config, *args, **constants) -> None:
 
 def known(value: tuple) -> Known:
     """Look at a NamedTuple of numbers and constexprs once, for all launches that are given it."""
+    if not _IS_KNOWN:
+        return Known(value, None)
     kind = _kind(value)
     if kind not in _kind_numbers:
         _kept_alive.extend(_constexprs(value))
@@ -174,7 +180,7 @@ def as_triton_takes_it(x):
     """Return an argument of `launch` as `kernel[grid](…)` takes it."""
     if type(x) is TileDescriptor:
         return TensorDescriptor(x.base, list(x.layout.shape), list(x.layout.strides), x.layout.tile)
-    return x.value if type(x) is Known else x
+    return as_kernel_takes_it(x)
 
 
 def _kind(x) -> Hashable:
@@ -190,15 +196,7 @@ def _kind(x) -> Hashable:
         return id(x)
     if isinstance(x, tuple):
         return kind, *map(_kind, x)
-    return _specialization(x)
-
-
-def _specialization(x) -> Hashable:
-    """Return what Triton itself tells apart: of a number its type, 1, and multiples of 16."""
-    from triton._C.libtriton import native_specialize_impl
-    from triton.backends.compiler import BaseBackend
-
-    return native_specialize_impl(BaseBackend, x, False, True, True)
+    return native_specialize_impl(BaseBackend, x, False, True, True)  # of a number its type, 1, and multiples of 16
 
 
 def _prepare(kernel, compiled, args: tuple) -> Repeatable | None:

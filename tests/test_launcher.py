@@ -178,6 +178,19 @@ def test_interpreted_or_compiled(device, n):
     assert torch.equal(out.cpu(), expected)
 
 
+def test_another_triton_launches_in_its_own_way(monkeypatch, device):
+    """Where its version is not known none of its private names is needed."""
+    for name in ("_IS_KNOWN", "_REPEATS"):
+        monkeypatch.setattr(launcher, name, False)
+    monkeypatch.delattr(launcher, "native_specialize_impl")
+    describe._loop_of_numbers.cache_clear()
+    q = torch.randn(1, 1, 21, 16, device=device)
+    try:
+        assert forward(q, q, q)[0].shape == q.shape
+    finally:
+        describe._loop_of_numbers.cache_clear()
+
+
 @on_gpu
 def test_only_the_first_of_a_kind_is_dispatched_by_triton(by_triton):
     out = torch.zeros(256, device="cuda")

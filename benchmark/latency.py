@@ -90,20 +90,20 @@ def host_rows() -> Iterator[dict]:
     def ours(q, k, v):
         return library.attention(q, k, v, True)
 
-    def step(attend):
-        return lambda: forward_and_backward(attend, qkv)
-
     ready = {("plain", name): call for name, call in (peers(*qkv) | operators(*qkv)).items()}
-    ready |= {("forward and backward", name): step(f)() for name, f in {"SDPA": sdpa, "attention": ours}.items()}
+    attends = {"SDPA": sdpa, "attention": ours}
+    ready |= {("forward and backward", name): forward_and_backward(f, qkv) for name, f in attends.items()}
     for n in DECODE_LENGTHS:
         token = tensors(**DECODING, n=n, n_q=1)
         mine = operators(*token) | {"SDPA": peers(*token, causal=False)["SDPA"]}
         ready |= {(f"decoding, N = {n}", name): mine[name] for name in ("SDPA", "attention", "softmax column sum")}
     yield from _timed(ready)
     compiled = {}  # last: what the compiler leaves behind slows everything down
-    for name, attend in {"SDPA": sdpa, "attention": ours}.items():
+    for name, attend in attends.items():
         compiled["compiled", name] = partial(torch.compile(attend, fullgraph=True), *qkv)
-        compiled["compiled, forward and backward", name] = step(torch.compile(attend, fullgraph=True))()
+        compiled["compiled, forward and backward", name] = forward_and_backward(
+            torch.compile(attend, fullgraph=True), qkv
+        )
     yield from _timed(compiled)
 
 

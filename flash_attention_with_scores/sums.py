@@ -215,8 +215,7 @@ def attention_cross_token_qk_sum(
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_qk_out": cross_token_qk_out}
     room = _cross_token_room("qk", q, k, v, setting, split, given, reuse_buffers)
-    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
-    output, _, sums = runs.attention_with_col_sum(q, k, v, setting, algorithm=algorithm, **region, room=room)
+    output, _, sums = runs.attention_with_col_sum(q, k, v, setting, algorithm=algorithm, **_region(q, split), room=room)
     return output, sums
 
 
@@ -257,8 +256,7 @@ def attention_cross_token_softmax_sum(
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
     room = _cross_token_room("softmax", q, k, v, setting, split, given, reuse_buffers)
-    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
-    output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, room=room)
+    output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **_region(q, split), room=room)
     return output, sums
 
 
@@ -291,9 +289,15 @@ def attention_cross_token_softmax_sum_buffered(
     q, k, v, setting, runs = checked_problem(q, k, v, setting, seed, backend)
     given = {"out": out, "cross_token_softmax_out": cross_token_softmax_out}
     room = _cross_token_room("softmax", q, k, v, setting, split, given, reuse_buffers)
-    region: Any = {"q_begin": min(split, q.shape[2]), "k_stop": split}
-    output, _, sums = runs.attention_with_softmax_col_sum(q, k, v, setting, **region, buffered=True, room=room)
+    output, _, sums = runs.attention_with_softmax_col_sum(
+        q, k, v, setting, **_region(q, split), buffered=True, room=room
+    )
     return output, sums
+
+
+def _region(q: Tensor, split: int) -> dict[str, Any]:
+    """Return the queries from `split` on and the keys before it, as the backends take them."""
+    return {"q_begin": min(split, q.shape[2]), "k_stop": split}
 
 
 def _cross_token_room(

@@ -13,7 +13,7 @@ from .launch import forward
 from .launcher import launch
 from .merge_kernel import merge_kernel
 from .replay import replayed
-from .tile_config import cdiv, merge_config, power_of_2, split_count
+from .tile_config import merge_config, power_of_2, split_count, splits_of_queries
 
 
 @replayed
@@ -38,11 +38,10 @@ def attention_forward(
 
     Source: flash decoding (Dao, Haziza, Massa, Sizov 2023); the merge is Milakov and Gimelshein 2018, eq. 4.
     """
-    batch, n_heads, n_q, _ = q.shape
-    if n_q == 1 and setting.dropout_p == 0 and k.numel():
+    if q.shape[2] == 1 and setting.dropout_p == 0 and k.numel():
         return _attend_one_query(q, k, v, setting, n_splits, out, lse)
     if n_splits is None:
-        n_splits = split_count(batch * n_heads * cdiv(max(n_q, 1), 64), k.shape[2], q.device)
+        n_splits = splits_of_queries(q, k)
     if n_splits == 1 or not q.numel() or not k.shape[2]:
         return forward(q, k, v, setting, out=out, lse=lse)
     parts = forward(q, k, v, setting._replace(sinks=None), n_splits=n_splits)

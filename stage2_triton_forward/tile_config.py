@@ -216,6 +216,12 @@ def heads_together(k: Tensor, v: Tensor, n_heads: int, batch: int, rows_differ: 
     return min(batch * n_heads, max(1, _L2_SHARE // max(bytes_per_kv_head, 1)) * group)
 
 
+def splits_of_queries(q: Tensor, k: Tensor) -> int:
+    """Return into how many parts to cut the keys k [B, Hk, N, D] for all queries q [B, Hq, M, D]."""
+    batch, n_heads, n_q, _ = q.shape
+    return split_count(batch * n_heads * cdiv(max(n_q, 1), 64), k.shape[2], q.device)
+
+
 def split_count(n_programs: int, n_k: int, device: torch.device) -> int:
     """Return into how many parts to cut the keys: a program for every multiprocessor at most, 256 keys each at least.
 

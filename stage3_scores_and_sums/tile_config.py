@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_triton_forward.tile_config import TileConfig, architecture, cdiv, chosen, of_width, split_count
+from stage2_triton_forward.tile_config import TileConfig, architecture, chosen, of_width, splits_of_queries
 
 _FEW = 4096  # rows: up to here a call is bound by its launches
 _SHORT_WALK, _LONG_WALK = 32, 128  # tiles
@@ -71,9 +71,7 @@ def row_sum_algorithm(n_q: int, n_k: int) -> str:
 
 def has_few_queries(q: Tensor, k: Tensor) -> bool:
     """Return whether column sums are made of what the forward loop has summed: more launches would cost more."""
-    batch, n_heads, n_q, _ = q.shape
-    is_split = split_count(batch * n_heads * cdiv(max(n_q, 1), 64), k.shape[2], q.device) > 1
-    return 1 < n_q <= _FEW and k.shape[2] > 0 and not is_split
+    return 1 < q.shape[2] <= _FEW and k.shape[2] > 0 and splits_of_queries(q, k) == 1
 
 
 def heads_of_a_program(group: int, n_programs: int, n_steps: int) -> int:
